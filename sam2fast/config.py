@@ -1,0 +1,330 @@
+"""The settings of a run: typed, frozen and validated. `config_file.load_config` reads them from YAML.
+
+Every field has a default except where a run cannot start without it. An unknown key, a wrong type or an impossible value is one
+`ConfigError` that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class UserError(ValueError):
+    """A mistake of the user's or in their files. Commands print the message alone: what, the value seen and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """What is trained. Sizes T, S, B+ and L are the official ones; `micro` is a Hiera of 0.3 M parameters for CPU runs."""
+
+    size: Literal["micro", "tiny", "small", "base_plus", "large"] = "tiny"
+    version: Literal["2.0", "2.1"] = "2.1"
+    image_size: Positive = 1024
+    """Side of the square input in pixels; a multiple of 32."""
+    checkpoint: str | None = None
+    """Official SAM 2 / 2.1 checkpoint to start from; empty starts from random weights."""
+    drop_path: Probability = 0.1
+    memory_dropout: Probability = 0.1
+
+    @field_validator("image_size")
+    @classmethod
+    def _multiple_of_32(cls, value: int) -> int:
+        if value % 32:
+            raise ValueError(f"must be a multiple of 32; nearest: {max(32, round(value / 32) * 32)}")
+        return value
+
+
+class DatasetConfig(Section):
+    """One dataset on disk."""
+
+    format: Literal["auto", "video_folder", "sav", "sa1b", "coco"] = "auto"
+    root: str
+    """Folder of the dataset; for video_folder the one that holds JPEGImages/ and Annotations/."""
+    annotations: str | None = None
+    """coco: the json file. sav, sa1b, video_folder: another folder for annotations, where they do not lie in `root`."""
+    include: tuple[str, ...] = ()
+    """Glob patterns of video or image names; empty takes all."""
+    exclude: tuple[str, ...] = ()
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Seeded share of the videos or images that is used."""
+    sav_annotations: Literal["manual", "auto", "both"] = "manual"
+
+
+class OcclusionConfig(Section):
+    """Occlusion training: up to `max_frames` consecutive frames of a clip are hidden, so that the model must remember."""
+
+    probability: Probability = 0.0
+    max_frames: Positive = 5
+    mode: Literal["blank", "cut"] = "blank"
+    """blank: the frames turn grey and the objects count as absent there; cut: the frames are taken out (a gap in time)."""
+
+
+class AugmentConfig(Section):
+    """Augmentations, equal for all frames of a clip unless they say per frame."""
+
+    flip: Probability = 0.5
+    scale: tuple[float, float] = (0.8, 1.2)
+    """Range of random resize before the crop to the square input; (1, 1) is off."""
+    degrees: NonNegative = 0.0
+    shear: NonNegative = 0.0
+    brightness: NonNegative = 0.1
+    contrast: NonNegative = 0.1
+    saturation: NonNegative = 0.1
+    frame_brightness: NonNegative = 0.0
+    frame_contrast: NonNegative = 0.0
+    frame_saturation: NonNegative = 0.0
+    grayscale: Probability = 0.0
+    blur: Probability = 0.1
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be [low, high] with 0 < low <= high")
+        return value
+
+
+class MixItem(Section):
+    """How a stage reads one dataset."""
+
+    dataset: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the steps that use this dataset."""
+    frames: Positive = 1
+    """Frames a clip; 1 trains on single images (no memory)."""
+    batch_size: Positive = 1
+    """Images or clips per rank and micro-step."""
+    max_objects: Positive = 3
+    stride: tuple[Positive, Positive] = (1, 1)
+    """Smallest and largest step between neighbouring annotated frames of a clip."""
+    reverse: Probability = 0.0
+    """Probability of playing a clip backwards."""
+    max_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Objects over this share of the frame are not taken (0.9 for SA-1B in the paper)."""
+    occlusion: OcclusionConfig = OcclusionConfig()
+
+    @field_validator("stride")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] > value[1]:
+            raise ValueError("must be [smallest, largest]")
+        return value
+
+
+class PromptMix(Section):
+    """Probability of each first prompt; they sum to 1."""
+
+    mask: Probability = 0.5
+    click: Probability = 0.25
+    box: Probability = 0.25
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> PromptMix:
+        total = self.mask + self.click + self.box
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"mask + click + box must be 1, not {total:g}")
+        return self
+
+
+class PromptConfig(Section):
+    """The simulated user of training; the defaults are those of the official MOSE fine-tuning config."""
+
+    video: PromptMix = PromptMix()
+    image: PromptMix = PromptMix(mask=0.0, click=0.5, box=0.5)
+    """Images: a mask prompt is a coarse mask given to the prompt encoder (a mask taken as output would teach nothing)."""
+    init_frames: Positive = 2
+    """Most frames of a clip prompted at the start (the first always is)."""
+    random_init_frames: bool = True
+    corrected_frames: Annotated[int, Field(ge=0)] = 2
+    random_corrected_frames: bool = True
+    corrected_as_conditioning: bool = True
+    correction_clicks: Annotated[int, Field(ge=0)] = 7
+    click_from_ground_truth: Probability = 0.1
+    first_click: Literal["uniform", "center"] = "uniform"
+    box_noise: NonNegative = 0.1
+    box_noise_bound: NonNegative = 20.0
+    """Largest shift of a box corner in pixels."""
+
+
+class LossConfig(Section):
+    """Weights and forms; the defaults are the official ones."""
+
+    focal: NonNegative = 20.0
+    dice: NonNegative = 1.0
+    iou: NonNegative = 1.0
+    object_score: NonNegative = 1.0
+    temporal: NonNegative = 0.0
+    motion_compensated: bool = False
+    focal_alpha: Annotated[float, Field(ge=-1, le=1)] = 0.25
+    """-1 turns the class balance off."""
+    focal_gamma: NonNegative = 2.0
+    iou_l1: bool = True
+    supervise_all_iou: bool = True
+    object_score_gamma: NonNegative = 0.0
+    object_score_alpha: Annotated[float, Field(ge=-1, le=1)] = -1.0
+
+
+class OptimConfig(Section):
+    """AdamW, its groups and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    encoder_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the image encoder; empty means `lr`."""
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor per trunk layer counted from the last (official fine-tuning: 0.9)."""
+    clip: Annotated[float, Field(gt=0)] | None = 0.1
+    """Largest L2 norm of all gradients; empty is off."""
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    cooldown: Annotated[int, Field(ge=0)] = 0
+    """inverse_sqrt: steps of linear cool-down at the end."""
+    timescale: Positive = 1000
+    """inverse_sqrt: the rate falls as 1 / sqrt(1 + steps since the warm-up / timescale)."""
+    final_scale: Probability = 0.1
+    """cosine: last learning rate as a share of the first."""
+    missing_grad: Literal["zero", "skip"] = "zero"
+    """Parameters that a batch does not reach: `zero` updates them with a zero gradient (the same with every engine),
+    `skip` leaves them alone (the official trainer; not with ZeRO 1-3, whose flat partitions cannot)."""
+
+
+class StageConfig(Section):
+    """One stage of a recipe."""
+
+    name: str
+    steps: Positive
+    accumulate: Positive = 1
+    """Micro-steps an optimizer step; N micro-steps give the update of one batch N times as large."""
+    mixture: Literal["alternate", "probability"] = "alternate"
+    data: Annotated[tuple[MixItem, ...], Field(min_length=1)]
+    freeze: tuple[str, ...] = ()
+    """Parts or glob patterns of parameter names that are not trained. Parts: encoder, prompt_encoder, mask_decoder, memory."""
+    prompts: PromptConfig = PromptConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> StageConfig:
+        for item in self.data:
+            if 1 < item.frames <= self.prompts.init_frames and self.prompts.video.mask > 0:
+                raise ValueError(f"dataset {item.dataset!r} has clips of {item.frames} frames and prompts.init_frames is "
+                                 f"{self.prompts.init_frames}: a clip whose every frame is given as a mask teaches nothing; raise frames "
+                                 "or lower init_frames")
+        return self
+
+
+class EngineConfig(Section):
+    """How gradients meet. `auto`: DeepSpeed under the deepspeed launcher or with zero_stage set, else torch."""
+
+    kind: Literal["auto", "torch", "deepspeed"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    deepspeed_config: str | None = None
+    """JSON file whose entries override ours (also --deepspeed_config)."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+
+
+BASELINE_SUFFIX = "_baseline"
+"""`val/x_baseline` is what a trivial method reaches where the model reaches `val/x`."""
+
+
+class ValidationSet(Section):
+    """One validation set and the TensorBoard tag of its score."""
+
+    dataset: str
+    tag: str
+    kind: Literal["vos", "image"] = "vos"
+    """vos: the first-frame mask is propagated, J&F. image: masks from prompts, COCO mask mAP and mean IoU."""
+    max_items: Positive | None = None
+    max_frames: Positive | None = None
+
+
+class ValidationConfig(Section):
+    """When and on what the model is validated, and when training stops early."""
+
+    every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between validations; 0 validates only at the end of a stage."""
+    sets: tuple[ValidationSet, ...] = ()
+    overlays: Annotated[int, Field(ge=0)] = 2
+    """Clips drawn as PNG and as a short video at each validation."""
+    patience: Annotated[int, Field(ge=0)] = 3
+    """Stop after this many validations without a better mean J&F; 0 is off."""
+    forgetting: NonNegative = 2.0
+    """Stop when an image score falls by more than this many points from its best; 0 is off."""
+
+
+class CheckpointConfig(Section):
+    """When the state of the run is saved."""
+
+    every: Positive = 500
+    keep: Positive = 2
+    resume: bool = True
+    """The same command continues an unfinished run in `output_dir`; false refuses to touch one."""
+
+
+class DataConfig(Section):
+    """The datasets by name, and how they are read."""
+
+    root: str | None = None
+    """Shorthand: interpolate it in the datasets as ${data.root}."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    datasets: dict[str, DatasetConfig]
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str
+    output_dir: str = "runs/${name}"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    log_every: Positive = 10
+    max_bad_steps: Positive = 10
+    """Training stops after this many steps in a row with a loss or gradient that is not finite."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    engine: EngineConfig = EngineConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Config:
+        wanted = [(f"stages[{i}].data", item.dataset) for i, stage in enumerate(self.stages) for item in stage.data]
+        wanted += [("validation.sets", item.dataset) for item in self.validation.sets]
+        for where, name in wanted:
+            if name not in self.data.datasets:
+                raise ValueError(f"{where} names dataset {name!r}, which data.datasets does not define"
+                                 f"{nearest(name, self.data.datasets)}")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {names}")
+        return self
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known name closest to `name`, or all known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, known))}" if known else ""

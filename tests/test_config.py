@@ -1,0 +1,81 @@
+"""Configuration: what loads, what is refused and how the refusal reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sam2fast.config import ConfigError
+from sam2fast.config_file import load_config, save_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MINIMAL = """
+name: minimal
+data: {root: /d, datasets: {davis: {root: "${data.root}/davis"}}}
+stages:
+  - {name: video, steps: 3, data: [{dataset: davis, frames: 4}]}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    config = load_config(path, ["data.root=/data", "model.checkpoint=sam2.pt"])
+    assert config.stages
+
+
+def test_overrides_interpolation_and_round_trip(minimal: Path, tmp_path: Path) -> None:
+    config = load_config(minimal, ["stages.0.steps=10", "model.size=micro", "data.root=/e", "stages.0.prompts.video={mask: 1, click: 0, box: 0}"])
+    assert config.stages[0].steps == 10 and config.model.size == "micro"
+    assert config.data.datasets["davis"].root == "/e/davis" and config.output_dir == "runs/minimal"
+    assert config.stages[0].prompts.video.mask == 1
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.sise=tiny", "unknown key 'model.sise'; did you mean 'size'?"),
+    ("stages.0.data.0.frame=3", "unknown key 'stages.0.data.0.frame'; did you mean 'frames'?"),
+    ("data.datasets.davis.forma=sav", "did you mean 'format'?"),
+    ("model.image_size=100", "model.image_size: must be a multiple of 32; nearest: 96 (got 100)"),
+    ("model.size=giant", "model.size"),
+    ("stages.0.optim.lr=-1", "stages.0.optim.lr: Input should be greater than 0 (got -1)"),
+    ("stages.0.optim.lr=nan", "stages.0.optim.lr"),
+    ("stages.0.steps=many", "stages.0.steps"),
+    ("stages.0.prompts.video.mask=0.9", "mask + click + box must be 1, not 1.4"),
+    ("stages.0.data.0.dataset=davos", "names dataset 'davos', which data.datasets does not define; did you mean 'davis'?"),
+    ("stages.0.data.0.stride=[3, 1]", "stride"),
+    ("stages.1.steps=2", "'1' is not an index of a list of 1"),
+    ("stages=[]", "stages"),
+    ("--verbose", "write key=value"),
+])
+def test_mistakes_are_one_clear_error(minimal: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, [override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_values_left_to_the_user_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"leaves data.root for you to set; add data.root=VALUE"):
+        load_config(CONFIGS / "quickstart_davis.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "name: [unclosed", "name: ${nowhere}", "just text"])
+def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(path)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="no config file at"):
+        load_config("nowhere.yaml")
