@@ -1,0 +1,86 @@
+"""Layers that several parts of SAM 2 share."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.Module):
+    """Layer normalization over the channels of [N, C, h, w].
+
+    Not an `nn.LayerNorm`: the official optimizer decays its parameters, unlike those of `nn.LayerNorm`.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return normalized.permute(0, 3, 1, 2)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Learned(nn.Module):
+    """A learned tensor of any shape.
+
+    A module that is called, rather than a parameter that its owner reads: ZeRO-3 gathers the parameters of a module
+    around its call, and again in the backward pass if the call returned a tensor.
+    """
+
+    def __init__(self, *shape: int, std: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape) * std)
+
+    def forward(self) -> Tensor:
+        return self.weight.view_as(self.weight)  # a view outlives the gathered parameter
+
+
+class Attention(nn.Module):
+    """Multi-head attention [N, Lq, dim] x [N, Lk, kv_dim] -> [N, Lq, dim] of a chosen inner width."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        inner_dim: int | None = None,
+        kv_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner_dim, kv_dim = inner_dim or dim, kv_dim or dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj = nn.Linear(dim, inner_dim)
+        self.k_proj = nn.Linear(kv_dim, inner_dim)
+        self.v_proj = nn.Linear(kv_dim, inner_dim)
+        self.out_proj = nn.Linear(inner_dim, dim)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, inner / heads]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(self._heads(self.q_proj(q)), self._heads(self.k_proj(k)), self._heads(self.v_proj(v)))

@@ -1,0 +1,121 @@
+"""A simulated user on B clips: prompts, memory and corrections over the frames, as in the training of SAM 2.
+
+Source: arXiv 2408.00714, section 4 (interactive training with up to 8 frames) and the official trainer. Everything is
+differentiable across clicks and frames: gradients flow through the mask that a correction starts from and through the
+memory, over the whole clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .memory_bank import FrameMemory
+from .plan import RolloutPlan
+from .prompts import Points, coarse_mask, is_ambiguous, sample_box, sample_click
+from .sam2 import SAM2, MaskOutput
+
+if TYPE_CHECKING:
+    from sam2fast.data.sample import Batch
+
+@dataclass
+class FrameOutput:
+    """All predictions of one frame, N objects."""
+
+    frame: int
+    steps: list[MaskOutput]
+    """The first prediction, then one after each correction click."""
+    points: list[Points | None]
+    """All points that each step saw, in pixels of the input."""
+    constant: bool
+    """The true mask was given and taken as output: losses of this frame are constants."""
+    memory: FrameMemory
+
+
+@dataclass
+class RolloutOutput:
+    """Predictions of a batch."""
+
+    frames: list[FrameOutput]
+    """One for each frame, ascending in time."""
+
+
+def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: bool = False) -> RolloutOutput:
+    """Run all frames of a batch in the order of the plan.
+
+    Args:
+        keep_all_memories: encode also the memories that no later frame reads (those of the last frame, and of images).
+    """
+    num_frames = batch.num_frames
+    assert plan.num_frames == num_frames, f"plan for {plan.num_frames} frames, batch of {num_frames}"
+    images = model.encode_images(model.normalize(batch.frames.flatten(0, 1)))  # B * T images
+    memories: list[FrameMemory] = []
+    outputs: dict[int, FrameOutput] = {}
+    for position, frame in enumerate(plan.order):
+        features = images.select(batch.object_to_clip * num_frames + frame)
+        truth = batch.masks[frame]
+        initial = frame in plan.init_frames
+        constant = initial and plan.mode == "mask"
+        if constant:
+            steps, points = [model.mask_as_output(features, truth[:, None])], [None]
+        else:
+            conditioned = model.condition_on_memory(features.top, memories, frame, num_frames, initial=initial)
+            steps, points = _simulate_user(model, conditioned, features.high_res, truth, frame, plan)
+        final = steps[-1]
+        spatial = None
+        if keep_all_memories or set(plan.order[position + 1 :]) - set(plan.init_frames):
+            mask = final.best if final.full_res is None else final.full_res
+            spatial = model.encode_memory(features.top, mask, final.object_score)
+        memory = FrameMemory(frame, spatial, final.pointer, plan.is_conditioning(frame))
+        memories.append(memory)
+        outputs[frame] = FrameOutput(frame, steps, points, constant, memory)
+    return RolloutOutput([outputs[frame] for frame in range(num_frames)])
+
+
+def _simulate_user(
+    model: SAM2, conditioned: Tensor, high_res: tuple[Tensor, Tensor], truth: Tensor, frame: int, plan: RolloutPlan
+) -> tuple[list[MaskOutput], list[Points | None]]:
+    """First prediction of a frame and its corrections; `truth` is bool [N, S, S]."""
+    points, mask_prompt = _first_prompt(truth, frame, plan)
+    corrections = plan.corrections(frame)
+    steps: list[MaskOutput] = []
+    seen: list[Points | None] = []
+    for number in range(1 + len(corrections)):
+        if number > 0:
+            # The previous logits are not detached: a correction is trained together with what it corrects.
+            mask_prompt = steps[-1].best
+        if plan.injected is not None:
+            points = plan.injected[frame][number]
+        elif number > 0:
+            points = _add_click(points, truth, None if corrections[number - 1] else mask_prompt)
+        steps.append(model.predict_masks(conditioned, high_res, points, mask_prompt, is_ambiguous(points)))
+        seen.append(points)
+    return steps, seen
+
+
+def _first_prompt(truth: Tensor, frame: int, plan: RolloutPlan) -> tuple[Points | None, Tensor | None]:
+    """Points and mask prompt of a frame before any correction; frames that are tracked have neither."""
+    if frame not in plan.init_frames or plan.injected is not None:
+        return None, None
+    if plan.mode == "coarse_mask":
+        return None, coarse_mask(truth, plan.box_noise, plan.box_noise_bound)
+    if plan.box[plan.init_frames.index(frame)]:
+        return sample_box(truth, plan.box_noise, plan.box_noise_bound), None
+    return sample_click(truth, None, plan.first_click), None
+
+
+@torch.no_grad()
+def _add_click(points: Points | None, truth: Tensor, logits: Tensor | None) -> Points:
+    """Append a click on the errors of the predicted logits [N, 1, h, w] (None: on the object) to the points."""
+    predicted = None
+    if logits is not None:
+        full = F.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
+        predicted = full[:, 0] > 0
+    click = sample_click(truth, predicted)
+    if points is None:
+        return click
+    return torch.cat([points[0], click[0]], dim=1), torch.cat([points[1], click[1]], dim=1)

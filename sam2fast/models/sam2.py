@@ -1,0 +1,273 @@
+"""SAM 2 for one frame: encode images, condition on memory, predict masks, encode memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .architecture import Architecture
+from .encoder import ImageEncoder
+from .layers import MLP, Learned
+from .mask_decoder import MaskDecoder, stable_mask
+from .memory_attention import MemoryAttention
+from .memory_bank import FrameMemory, select_memories
+from .memory_encoder import MemoryEncoder
+from .position import TableCache, sine_encoding_1d, sine_encoding_2d
+from .prompt_encoder import PromptEncoder
+
+if TYPE_CHECKING:
+    from ..data.sample import Batch
+    from .plan import RolloutPlan
+    from .rollout import RolloutOutput
+
+ABSENT_LOGIT = -1024.0
+"""Every mask logit of an object that the object score calls absent."""
+STRIDE = 16
+"""Pixels per cell of the features that prompts and memories meet on."""
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, for values in 0..1."""
+
+
+@dataclass
+class ImageFeatures:
+    """Features of images (or, after `select`, of objects)."""
+
+    top: Tensor
+    """[B, 256, S/16, S/16]"""
+    high_res: tuple[Tensor, Tensor]
+    """[B, 32, S/4, S/4] and [B, 64, S/8, S/8], as the mask decoder adds them."""
+
+    def select(self, index: Tensor) -> ImageFeatures:
+        """Features of the images `index` (int64 [N])."""
+        return ImageFeatures(self.top[index], (self.high_res[0][index], self.high_res[1][index]))
+
+
+@dataclass
+class MaskOutput:
+    """One run of the heads for N objects with M candidate masks each."""
+
+    low_res: Tensor
+    """Logits of all candidates [N, M, S/4, S/4], float32; -1024 where the object score says absent."""
+    ious: Tensor
+    """Predicted IoU [N, M]."""
+    object_score: Tensor
+    """Logits of presence [N, 1]."""
+    best: Tensor
+    """Logits of the candidate of highest predicted IoU [N, 1, S/4, S/4]."""
+    pointer: Tensor
+    """Object pointer [N, 256]."""
+    full_res: Tensor | None = None
+    """Mask taken as output: its logits (+-10) at input resolution [N, 1, S, S]."""
+
+
+class SAM2(nn.Module):
+    """Segment Anything Model 2 and 2.1 (arXiv 2408.00714).
+
+    Inputs may have any size of which both sides are multiples of 32; S x S stands for it below. Parameters carry the
+    official names but for the differences that official.py lists.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        dim, memory_dim = arch.hidden_dim, arch.memory_dim
+        self.arch = arch
+        self._tables = TableCache()
+
+        # In the order of the official state dict, where these five are bare parameters.
+        self.maskmem_tpos_enc = Learned(arch.num_memories, 1, 1, memory_dim, std=0.02)
+        self.no_mem_embed = Learned(1, 1, dim, std=0.02)
+        self.no_mem_pos_enc = Learned(1, 1, dim, std=0.02)  # in every official checkpoint, but nothing reads it
+        self.no_obj_ptr = Learned(1, dim, std=0.02)
+        if arch.no_object_embed_spatial:
+            self.no_obj_embed_spatial = Learned(1, memory_dim, std=0.02)
+        self.image_encoder = ImageEncoder(arch)
+        self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
+        self.memory_attention = MemoryAttention(dim, memory_dim, arch.memory_layers, arch.memory_dropout)
+        self.memory_encoder = MemoryEncoder(dim, memory_dim)
+        self.sam_prompt_encoder = PromptEncoder(dim)
+        self.sam_mask_decoder = MaskDecoder(dim)
+        self.obj_ptr_proj = MLP(dim, dim, dim, num_layers=3)
+        if arch.pointer_time_encoding:
+            self.obj_ptr_tpos_proj = nn.Linear(dim, memory_dim)
+
+    def forward(self, batch: Batch, plan: RolloutPlan) -> RolloutOutput:
+        """Play the simulated user of `plan` over the clips of `batch` (see rollout.py)."""
+        from .rollout import rollout
+
+        return rollout(self, batch, plan)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, whatever autocast does."""
+        return self.no_obj_ptr.weight.dtype
+
+    def normalize(self, frames: Tensor) -> Tensor:
+        """uint8 frames [..., 3, H, W] to float32, normalized; floats are taken as normalized already."""
+        if frames.is_floating_point():
+            return frames
+
+        def build() -> tuple[Tensor, Tensor]:
+            mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=frames.device).view(2, 3, 1, 1)
+            return 1 / (255 * std), -mean / std
+
+        scale, shift = self._tables.get(("pixel", frames.device), build)
+        return frames * scale + shift
+
+    def encode_images(self, frames: Tensor) -> ImageFeatures:
+        """Encode frames [B, 3, S, S], uint8 or normalized."""
+        dtype = self.dtype
+        fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
+        high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
+        return ImageFeatures(top.to(dtype), high_res)
+
+    def condition_on_memory(
+        self,
+        top: Tensor,
+        memories: Sequence[FrameMemory],
+        frame: int,
+        num_frames: int,
+        reverse: bool = False,
+        initial: bool = False,
+    ) -> Tensor:
+        """Condition the features [N, 256, h, w] of `frame` on the memory bank.
+
+        Frames prompted at the start (`initial`), and frames without any memory, only get the no-memory embedding. See
+        `select_memories` for which memories count; in training mode these include pointers from the future.
+        """
+        chosen = None if initial else select_memories(memories, frame, num_frames, self.arch, self.training, reverse)
+        if chosen is None or not (chosen.spatial or chosen.pointers):
+            return top + self.no_mem_embed().view(1, -1, 1, 1)
+        tokens, positions = self._spatial_tokens(chosen.spatial)
+        num_pointer_tokens = 0
+        if chosen.pointers:
+            max_distance = max(1, min(num_frames, self.arch.max_pointers) - 1)
+            pointers, pointer_positions = self._pointer_tokens(chosen.pointers, max_distance)
+            num_pointer_tokens = pointers.shape[1]
+            tokens, positions = [*tokens, pointers], [*positions, pointer_positions]
+        return self.memory_attention(top, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), num_pointer_tokens)
+
+    def _spatial_tokens(self, chosen: Sequence[tuple[FrameMemory, int]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Tokens [N, hw, 64] and their encodings in space and time [1, hw, 64], of every memory."""
+        if not chosen:
+            return [], []
+        (height, width), device = chosen[0][0].spatial.shape[-2:], chosen[0][0].spatial.device
+
+        def build() -> tuple[Tensor]:
+            return (sine_encoding_2d(self.arch.memory_dim, height, width, device).flatten(1).T.unsqueeze(0),)
+
+        (position,) = self._tables.get(("memory", height, width, device), build)
+        position, times = position.to(self.dtype), self.maskmem_tpos_enc()
+        tokens = [memory.spatial.flatten(2).transpose(1, 2) for memory, _ in chosen]
+        return tokens, [position + times[row] for _, row in chosen]
+
+    def _pointer_tokens(self, chosen: Sequence[tuple[FrameMemory, int]], max_distance: int) -> tuple[Tensor, Tensor]:
+        """Every pointer as 256 / 64 = 4 tokens [N, 4 K, 64], and their encoding in time [1, 4 K, 64]."""
+        pointers = torch.stack([memory.pointer for memory, _ in chosen], dim=1)  # [N, K, 256]
+        tokens = pointers.reshape(len(pointers), -1, self.arch.memory_dim)
+        if not self.arch.pointer_time_encoding:
+            return tokens, tokens.new_zeros(1, tokens.shape[1], tokens.shape[2])
+        distances = tuple(distance for _, distance in chosen)
+
+        def build() -> tuple[Tensor]:
+            relative = torch.tensor(distances, device=pointers.device) / max_distance
+            return (sine_encoding_1d(relative, self.arch.hidden_dim),)
+
+        (encoding,) = self._tables.get(("pointer", distances, max_distance, pointers.device), build)
+        positions = self.obj_ptr_tpos_proj(encoding.to(self.dtype))  # [K, 64]
+        return tokens, positions.repeat_interleave(tokens.shape[1] // len(chosen), dim=0).unsqueeze(0)
+
+    def _decode(
+        self,
+        image: Tensor,
+        points: tuple[Tensor, Tensor] | None,
+        mask_prompt: Tensor | None,
+        high_res: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        grid = (image.shape[-2], image.shape[-1])
+        mask_prompt = None if mask_prompt is None else mask_prompt.to(image.dtype)
+        sparse, dense = self.sam_prompt_encoder(points, mask_prompt, len(image), grid)
+        position = self.sam_prompt_encoder.grid_encoding(grid).to(image.dtype)
+        return self.sam_mask_decoder(image, position, sparse, dense, high_res)
+
+    def _pointer(self, token: Tensor, present: Tensor) -> Tensor:
+        """Pointer [N, 256] of the output token [N, 256], the learned "no object" where `present` [N, 1] is false."""
+        return self._or_absent(self.obj_ptr_proj(token), present)
+
+    def _or_absent(self, pointer: Tensor, present: Tensor) -> Tensor:
+        present = present.to(self.dtype)
+        return present * pointer + (1 - present) * self.no_obj_ptr()
+
+    def predict_masks(
+        self,
+        conditioned: Tensor,
+        high_res: tuple[Tensor, Tensor],
+        points: tuple[Tensor, Tensor] | None,
+        mask_prompt: Tensor | None,
+        multimask: bool,
+        stable: bool = False,
+    ) -> MaskOutput:
+        """Run the heads for N objects.
+
+        Args:
+            conditioned: features [N, 256, h, w] of `condition_on_memory`.
+            high_res: `ImageFeatures.high_res` of the same objects.
+            points: pixels [N, P, 2] (x, y) of the S x S input and labels [N, P]: 1 positive, 0 negative, 2 and
+                3 corners of a box, -1 padding. None where the object is tracked without a prompt.
+            mask_prompt: mask logits [N, 1, S/4, S/4], for example those of the previous click.
+            multimask: three candidates (the rule of SAM 2: at most one point), else one mask.
+            stable: inference rule of the official predictors for one mask, see `stable_mask`.
+        """
+        masks, ious, tokens, object_score = self._decode(conditioned, points, mask_prompt, high_res)
+        present = object_score > 0
+        if multimask:
+            masks, ious, tokens = masks[:, 1:], ious[:, 1:], tokens[:, 1:]
+        elif stable:
+            masks, ious = stable_mask(masks, ious)
+        else:
+            masks, ious = masks[:, :1], ious[:, :1]
+        low_res = torch.where(present[..., None, None], masks, ABSENT_LOGIT).float()
+        best, token = low_res, tokens[:, 0]
+        if multimask:
+            objects, index = torch.arange(len(ious), device=ious.device), ious.argmax(dim=1)
+            best, token = low_res[objects, index].unsqueeze(1), tokens[objects, index]
+        return MaskOutput(low_res, ious, object_score, best, self._pointer(token, present))
+
+    def mask_as_output(self, features: ImageFeatures, masks: Tensor) -> MaskOutput:
+        """Take the masks [N, 1, S, S] that the user drew as the prediction; an empty one says absent.
+
+        The heads only run to make an object pointer, on features without the no-memory embedding.
+        """
+        drawn = masks.to(features.top.dtype)
+        full_res = masks.float() * 20 - 10
+        size = (full_res.shape[-2] // 4, full_res.shape[-1] // 4)
+        low_res = F.interpolate(full_res, size=size, mode="bilinear", align_corners=False, antialias=True)
+        _, _, tokens, score = self._decode(features.top, None, self.mask_downsample(drawn), high_res=None)
+        present = masks.flatten(1).any(dim=1, keepdim=True)
+        pointer = self._or_absent(self._pointer(tokens[:, 0], score > 0), present)
+        ious = low_res.new_ones(len(masks), 1)
+        return MaskOutput(low_res, ious, present.float() * 20 - 10, low_res, pointer, full_res)
+
+    def encode_memory(self, top: Tensor, mask_logits: Tensor, object_score: Tensor, binarize: bool = False) -> Tensor:
+        """Memory [N, 64, h, w] of a frame with features [N, 256, h, w] (not conditioned on memory).
+
+        Args:
+            mask_logits: [N, 1, S/4, S/4] or [N, 1, S, S].
+            object_score: logits [N, 1]; absent objects get a learned embedding (SAM 2.1).
+            binarize: threshold the mask instead of its sigmoid (official predictor, on frames with clicks).
+        """
+        size = (STRIDE * top.shape[-2], STRIDE * top.shape[-1])
+        logits = mask_logits.float()
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        mask = (logits > 0).float() if binarize else logits.sigmoid()
+        mask = mask * self.arch.mask_scale + self.arch.mask_bias
+        memory = self.memory_encoder(top, mask.to(top.dtype))
+        if self.arch.no_object_embed_spatial:
+            absent = (object_score <= 0).to(self.dtype) * self.no_obj_embed_spatial()  # [N, 64]
+            memory = memory + absent[..., None, None].to(memory.dtype)
+        return memory
