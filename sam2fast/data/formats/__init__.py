@@ -1,0 +1,95 @@
+"""Datasets on disk as sequences of records; one module per format."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+from ...config import DatasetConfig
+from ..files import IMAGE_SUFFIXES, list_files
+from ..sample import DataError, Dataset
+from .selection import shorten
+
+LAYOUTS = {
+    "video_folder": "JPEGImages/VIDEO/*.jpg with Annotations/VIDEO/*.png or Annotations/VIDEO/OBJECT/*.png "
+                    "(DAVIS, MOSE, YouTube-VOS)",
+    "sav": "VIDEO.mp4 with VIDEO_manual.json or VIDEO_auto.json (SA-V)",
+    "sa1b": "NAME.jpg with NAME.json, or .tar files of them (SA-1B)",
+    "coco": "an instances JSON (its path in `annotations`) with a folder of images (COCO)",
+}
+
+
+def open_dataset(config: DatasetConfig, name: str, seed: int) -> Dataset:
+    """Open a dataset for reading; nothing is decoded yet.
+
+    Args:
+        config: where it lies, its format (`auto` recognizes it) and which part of it to use.
+        name: what messages and sample ids call it.
+        seed: of the share that `config.fraction` takes.
+
+    Raises:
+        DataError: missing or unrecognized folder, annotations without their images or videos, nothing left to use.
+            Defects inside a file are raised when a record reads it.
+    """
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise DataError(_missing_folder(root, config.format, name))
+    annotations = config.annotations and str(Path(config.annotations).expanduser())
+    if annotations and not Path(annotations).exists():
+        raise DataError(f"dataset {name!r}: no annotations at {annotations}; correct `annotations`, or leave it empty "
+                        "where they lie in `root`")
+    config = config.model_copy(update={"root": str(root), "annotations": annotations})
+    format_name = _recognize(root, config, name) if config.format == "auto" else config.format
+    if format_name == "video_folder":
+        from .video_folder import open_video_folder as opener
+    elif format_name == "sav":
+        from .sav import open_sav as opener
+    elif format_name == "sa1b":
+        from .sa1b import open_sa1b as opener
+    else:
+        from .coco import open_coco as opener
+    return opener(config, name, seed)
+
+
+def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
+    from .video_folder import find_folders
+
+    if config.annotations and config.annotations.endswith(".json"):
+        return "coco"
+    if find_folders(config) is not None:
+        return "video_folder"
+    for place in (config.root, config.annotations):
+        if place and Path(place).is_dir():
+            found = _format_of_files(Path(place))
+            if found:
+                return found
+    raise DataError(f"dataset {name!r}: cannot recognize the format of {root}, which holds {_contents(root)}; set "
+                    f"`format`, or `root` to a folder with {_layouts('auto')}")
+
+
+def _format_of_files(root: Path) -> str | None:
+    """The format that the names of JSON and tar files below a folder speak for."""
+    patterns = (("*_manual.json", "sav"), ("*_auto.json", "sav"), ("*.tar", "sa1b"), ("sa_*.json", "sa1b"),
+                ("instances*.json", "coco"))
+    for folder, files in list_files(root, (".json", ".tar")):
+        for pattern, format_name in patterns:
+            if fnmatch.filter(files, pattern):
+                return format_name
+        if any((folder / file).with_suffix(suffix).is_file() for file in files[:100] for suffix in IMAGE_SUFFIXES):
+            return "sa1b"
+    return None
+
+
+def _missing_folder(root: Path, format_name: str, name: str) -> str:
+    existing = next((parent for parent in root.parents if parent.is_dir()), Path("."))
+    return (f"dataset {name!r}: no folder at {root} ({existing} holds {_contents(existing)}); set its `root` to a "
+            f"folder with {_layouts(format_name)}")
+
+
+def _layouts(format_name: str) -> str:
+    return LAYOUTS.get(format_name) or "".join(["one of:", *(f"\n  {key}: {text}" for key, text in LAYOUTS.items())])
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    return shorten(names, 6) if names else "nothing"

@@ -1,0 +1,154 @@
+"""SA-V: VIDEO.mp4 with VIDEO_manual.json and VIDEO_auto.json, anywhere below the root.
+
+The masklets of a file lie on a regular grid of frames: every 4th (24 frames and 6 annotations a second), unless the
+file's `fps` (annotations a second) or its counts say otherwise. A frame where some object has no entry (null) is not
+annotated; an object that is absent has an empty mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config import DatasetConfig
+from ..files import WarnOnce, list_files, parse_json, read_bytes
+from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..sample import DataError
+from ..video import VideoReader
+from .selection import select, shorten
+
+AUTO_ID_OFFSET = 1000
+"""Added to the ids of automatic masklets, which count from 0 as those of the manual ones do."""
+_DEFAULT_STEP = 4
+_VIDEO_FPS = 24
+
+
+class SavVideo:
+    """One video; see `sample.VideoRecord`. The JSON is parsed and the video opened at first use."""
+
+    def __init__(self, name: str, video: Path, jsons: list[Path], warn: WarnOnce):
+        self.name = name
+        self._reader, self._jsons, self._warn = VideoReader(video), jsons, warn
+
+    @property
+    def num_frames(self) -> int:
+        return self._reader.num_frames
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._reader.size
+
+    @property
+    def annotated(self) -> Sequence[int]:
+        return self._annotated
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return self._reader.frames(indices)
+
+    def masks(self, frame: int) -> FrameMasks:
+        runs = {}
+        for track in self._tracks:
+            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
+                source = f"{track.path}, frame {frame}, object {object_id}"
+                runs[object_id] = parse_rle(rle, source)
+                check_size(runs[object_id][0], self.size, source, self._warn)
+        return run_length_masks(runs, self.size)
+
+    @cached_property
+    def _tracks(self) -> list[_Masklets]:
+        return [_Masklets(path) for path in self._jsons]
+
+    @cached_property
+    def _annotated(self) -> list[int]:
+        annotated = sorted(set.intersection(*(track.annotated() for track in self._tracks)))
+        if not annotated:
+            raise DataError(f"{shorten(self._jsons)} annotates no frame; name video {self.name!r} in `exclude`")
+        if annotated[-1] >= self.num_frames:
+            raise DataError(f"{self._reader.path} has {self.num_frames} frames, its annotation goes up to frame "
+                            f"{annotated[-1]} ({self._jsons[0]}); restore the video, or name {self.name!r} in "
+                            "`exclude`")
+        return annotated
+
+
+class _Masklets:
+    """The masklets of one JSON file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = parse_json(read_bytes(path), path)
+        masklets = content.get("masklet") if isinstance(content, dict) else None
+        if not isinstance(masklets, list) or not all(isinstance(entry, (list, type(None))) for entry in masklets):
+            raise self._broken("`masklet` must be a list over frames of lists over objects")
+        self.masklets: list[list[Any] | None] = masklets
+        widths = {len(entry) for entry in masklets if entry}
+        count = max(widths, default=0)
+        ids = content.get("masklet_id") or list(range(count))
+        if len(widths) > 1 or len(ids) != count or not all(isinstance(number, int) for number in ids):
+            raise self._broken(f"its frames list {sorted(widths)} objects, masklet_id {len(ids)}")
+        offset = AUTO_ID_OFFSET if path.stem.endswith("_auto") else 0
+        self.object_ids = [number + offset for number in ids]
+        self.step = self._grid(content)
+
+    def annotated(self) -> set[int]:
+        """Numbers of the video frames for which every object has an entry."""
+        return {number * self.step for number, entry in enumerate(self.masklets) if entry and None not in entry}
+
+    def _grid(self, content: dict[str, Any]) -> int:
+        """Video frames from one annotated frame to the next."""
+        count, duration, rate = (_number(content.get(key)) for key in ("video_frame_count", "video_duration", "fps"))
+        if rate:
+            return max(1, round((count / duration if count and duration else _VIDEO_FPS) / rate))
+        if count == len(self.masklets):
+            return 1
+        return _DEFAULT_STEP
+
+    def _broken(self, what: str) -> DataError:
+        return DataError(f"{self.path} is not a SA-V annotation: {what}; restore the file, or name the video in "
+                         "`exclude`")
+
+
+class SavDataset:
+    """Dataset of `SavVideo`s."""
+
+    def __init__(self, name: str, videos: list[tuple[str, Path, list[Path]]]):
+        self.name = name
+        self._videos = videos
+        self._warn = WarnOnce()
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> SavVideo:
+        return SavVideo(*self._videos[index], self._warn)
+
+
+def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
+    """Open a dataset in SA-V layout; see `formats.open_dataset`."""
+    root, annotations = Path(config.root), Path(config.annotations or config.root)
+    kinds = ("manual", "auto") if config.sav_annotations == "both" else (config.sav_annotations,)
+    jsons: dict[str, list[Path]] = {}
+    for kind in kinds:
+        for folder, files in list_files(annotations, (f"_{kind}.json",)):
+            for file in files:
+                jsons.setdefault(file.removesuffix(f"_{kind}.json"), []).append(folder / file)
+    if not jsons:
+        wanted = " or ".join(f"*_{kind}.json" for kind in kinds)
+        raise DataError(f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
+                        "they lie elsewhere) or `sav_annotations`")
+    videos = {Path(file).stem: folder / file for folder, files in list_files(root, (".mp4",)) for file in files}
+    names = sorted(jsons)
+    names = [names[index] for index in select(names, config, name, seed)]
+    lost = [video for video in names if video not in videos]
+    if lost:
+        raise DataError(f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
+                        f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`")
+    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names])
+
+
+def _number(value: Any) -> float:
+    value = value[0] if isinstance(value, list) and value else value
+    return float(value) if isinstance(value, (int, float)) and value > 0 else 0.0

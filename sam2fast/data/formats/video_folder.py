@@ -1,0 +1,193 @@
+"""Video folders: JPEGImages/VIDEO/*.jpg with masks in Annotations/VIDEO (DAVIS, MOSE, YouTube-VOS, SA-V val and test).
+
+Masks are one PNG per frame (`files.decode_labels`) or, in one folder per object, one PNG per frame and object whose
+pixels above 0 are the object. Annotations may be sparse. A frame has the name of its mask; numbers match whatever
+their zeros (00005.jpg and 0005.png).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ...config import DatasetConfig
+from ..files import IMAGE_SUFFIXES, WarnOnce, decode_image, decode_labels, image_size, read_bytes
+from ..masks import FrameMasks, check_size, label_masks
+from ..sample import DataError
+from .selection import select, shorten
+
+_PAIRS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"), ("images", "masks"))
+"""Names of the folders of frames and masks: DAVIS and its successors, SA-V val and test, and a common plain one."""
+_RESOLUTION = re.compile(r"\d+p|Full-Resolution")
+_Key = tuple[str, int]
+
+
+class FolderVideo:
+    """One video; see `sample.VideoRecord`."""
+
+    def __init__(self, name: str, frames: Path, masks: Path, warn: WarnOnce):
+        self.name = name
+        self._frames_folder, self._masks_folder, self._warn = frames, masks, warn
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._frame_files)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        return image_size(read_bytes(self._frame_files[0]), self._frame_files[0])
+
+    @property
+    def annotated(self) -> Sequence[int]:
+        return list(self._mask_files)
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        images = []
+        for index in indices:
+            path = self._frame_files[index]
+            images.append(decode_image(read_bytes(path), path))
+            if images[-1].shape[:2] != self.size:
+                height, width = images[-1].shape[:2]
+                raise DataError(f"{path} is {width} x {height}, the first frame of the video {self.size[1]} x "
+                                f"{self.size[0]} (width x height); give all frames one size, or name the video in "
+                                "`exclude`")
+        return images
+
+    def masks(self, frame: int) -> FrameMasks:
+        files = self._mask_files[frame]
+        if isinstance(files, Path):
+            return label_masks(self._labels(files), self.size)
+        per_object = {object_id: self._labels(path) > 0 for object_id, path in files.items()}
+        areas = {object_id: int(np.count_nonzero(mask)) for object_id, mask in per_object.items()}
+        return FrameMasks(self.size, areas, per_object.__getitem__)
+
+    def _labels(self, path: Path) -> np.ndarray:
+        labels = decode_labels(read_bytes(path), path)
+        check_size(labels.shape, self.size, str(path), self._warn)
+        return labels
+
+    @cached_property
+    def _frame_files(self) -> list[Path]:
+        by_key = _by_key(self._frames_folder, IMAGE_SUFFIXES)
+        if not by_key:
+            raise DataError(f"{self._frames_folder} holds no JPEG or PNG frames; add them, or name video {self.name!r} "
+                            "in `exclude`")
+        return list(by_key.values())
+
+    @cached_property
+    def _mask_files(self) -> Mapping[int, Path | dict[int, Path]]:
+        """Frame number -> its label image, or object id -> its image; ascending."""
+        numbers = {_key(path.name): number for number, path in enumerate(self._frame_files)}
+        merged = _by_key(self._masks_folder, (".png",))
+        if merged:
+            return {self._frame_of(key, path, numbers): path for key, path in merged.items()}
+        found: dict[int, dict[int, Path]] = {}
+        objects = sorted(path for path in self._masks_folder.iterdir() if path.is_dir())
+        for position, folder in enumerate(objects):
+            object_id = int(folder.name) if folder.name.isdigit() else position + 1
+            for key, path in _by_key(folder, (".png",)).items():
+                found.setdefault(self._frame_of(key, path, numbers), {})[object_id] = path
+        if not found:
+            raise DataError(f"{self._masks_folder} holds no mask PNGs; add them, or name video {self.name!r} in "
+                            "`exclude`")
+        return dict(sorted(found.items()))
+
+    def _frame_of(self, key: _Key, mask: Path, numbers: dict[_Key, int]) -> int:
+        if key not in numbers:
+            raise DataError(f"mask {mask} has no frame of that name in {self._frames_folder}, which holds "
+                            f"{len(numbers)} frames ({shorten([path.name for path in self._frame_files])}); remove the "
+                            f"mask, add the frame, or name video {self.name!r} in `exclude`")
+        return numbers[key]
+
+
+class VideoFolder:
+    """Dataset of `FolderVideo`s."""
+
+    def __init__(self, name: str, videos: list[tuple[str, Path, Path]]):
+        self.name = name
+        self._videos = videos
+        self._warn = WarnOnce()
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> FolderVideo:
+        return FolderVideo(*self._videos[index], self._warn)
+
+
+def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolder:
+    """Open a dataset of video folders; see `formats.open_dataset`."""
+    found = find_folders(config)
+    if found is None:
+        wanted = " or ".join(f"{frames}/ with {masks}/" for frames, masks in _PAIRS)
+        raise DataError(f"dataset {name!r}: {config.root} does not hold frames and masks; expected {wanted} in it, or "
+                        "set `root` to the folder of frames and `annotations` to that of masks")
+    frames_root, masks_root = found
+    if _by_key(frames_root, IMAGE_SUFFIXES):  # a single video, without a folder of its own
+        single = Path(config.root).resolve().name
+        frames, masks = {single: frames_root}, {single: masks_root}
+    else:
+        frames, masks = _subfolders(frames_root), _subfolders(masks_root)
+    names = sorted(frames | masks)
+    if not names:
+        raise DataError(f"dataset {name!r}: {frames_root} is empty; expected one folder of frames per video")
+    names = [names[index] for index in select(names, config, name, seed)]
+    lost = [video for video in names if video not in frames]
+    if lost:
+        raise DataError(f"dataset {name!r}: {len(lost)} videos have masks in {masks_root} but no frames in "
+                        f"{frames_root}: {shorten(lost)}; add the frames, or name the videos in `exclude`")
+    usable = [(video, frames[video], masks[video]) for video in names if video in masks]
+    if not usable:
+        raise DataError(f"dataset {name!r}: none of its {len(names)} videos ({shorten(names)}) has masks in "
+                        f"{masks_root}; expected a folder of the same name there")
+    return VideoFolder(name, usable)
+
+
+def find_folders(config: DatasetConfig) -> tuple[Path, Path] | None:
+    """The folders that hold one entry per video, of frames and of masks; None where the layout is another one."""
+    root = Path(config.root)
+    pairs = [(root / frames, root / masks) for frames, masks in _PAIRS]
+    if config.annotations:
+        masks_root = Path(config.annotations)
+        pairs = [(frames, masks_root) for frames, _ in pairs] + [(root, masks_root)]
+    for frames, masks in pairs:
+        if frames.is_dir() and masks.is_dir() and (not config.annotations or _has_png(masks)):
+            return _descend(frames), _descend(masks)
+    return None
+
+
+def _descend(folder: Path) -> Path:
+    """Into the resolution folder that DAVIS puts between (JPEGImages/480p); the smallest where there are several."""
+    inside = sorted((path for path in folder.iterdir() if path.is_dir() and _RESOLUTION.fullmatch(path.name)),
+                    key=lambda path: (not path.name[0].isdigit(), len(path.name), path.name))
+    return inside[0] if inside else folder
+
+
+def _has_png(folder: Path) -> bool:
+    return next(folder.rglob("*.png"), None) is not None
+
+
+def _subfolders(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+
+
+def _by_key(folder: Path, suffixes: tuple[str, ...]) -> dict[_Key, Path]:
+    """Image files of a folder in the order of their numbers."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith(".")]
+    by_key = {_key(name): name for name in sorted(names)}
+    if len(by_key) < len(names):
+        twice = next(name for name in sorted(names) if by_key[_key(name)] != name)
+        raise DataError(f"{folder / twice} and {by_key[_key(twice)]} have the same number; keep one of them")
+    return {key: folder / by_key[key] for key in sorted(by_key)}
+
+
+def _key(name: str) -> _Key:
+    """A file's place among its neighbors: the text before the last number of its name, and that number."""
+    stem = os.path.splitext(name)[0]
+    text = stem.rstrip("0123456789")
+    return text, int(stem[len(text) :] or -1)

@@ -1,0 +1,121 @@
+"""Samples to batches, in worker processes.
+
+Ranks and micro-batches share the one endless sequence of samples of a `ClipDataset`, so a run resumes from its step
+number alone and reads the same data with any number of workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Iterator
+from itertools import count
+
+import cv2
+import torch
+
+from .sample import Batch, DataError, collate
+from .sampling import ClipDataset
+
+
+def build_loader(dataset: ClipDataset, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0,
+                 workers: int = 0, accumulate: int = 1) -> Iterator[Batch]:
+    """Endless micro-batches of one rank: micro-batch k holds samples (k * world_size + rank) * batch_size + 0, 1, ...
+
+    So the ranks of a step, and the micro-batches of an accumulated step, together hold one run of sample numbers: the
+    same as one rank with a batch as large. Worker processes start now and live until the iterator is closed or
+    forgotten.
+
+    Args:
+        start: k of the first micro-batch (where a resumed run continues).
+        workers: processes that decode; 0 decodes in this one.
+        accumulate: micro-batches that the caller takes in one go; as many are prepared ahead.
+
+    Raises:
+        DataError: from the iterator: a defect of the data, or a worker process that died.
+    """
+    numbers = _MicroBatches(batch_size, rank, world_size, start)
+    options = {}
+    if workers:
+        # workers are not forked from this process: it may hold a CUDA context and threads with locks
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        options = {"multiprocessing_context": context, "worker_init_fn": _start_worker,
+                   "prefetch_factor": max(2, -(-accumulate // workers))}
+    loader = torch.utils.data.DataLoader(
+        _Collated(dataset), batch_size=None, sampler=numbers, num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of its own: loading must not advance the generator of the model's dropout
+        **options,
+    )
+    return _checked(iter(loader), workers)
+
+
+class _MicroBatches:
+    """Sample numbers of the micro-batches of one rank, without end."""
+
+    def __init__(self, batch_size: int, rank: int, world_size: int, start: int):
+        self._batch_size, self._rank, self._world_size, self._start = batch_size, rank, world_size, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for k in count(self._start):
+            first = (k * self._world_size + self._rank) * self._batch_size
+            yield list(range(first, first + self._batch_size))
+
+
+class _Collated:
+    """Batches of a dataset by lists of sample numbers. A `DataError` is handed over as its text: raised in a worker it
+    would reach the user inside the traceback of another process."""
+
+    def __init__(self, dataset: ClipDataset):
+        self._dataset = dataset
+
+    def __getitem__(self, numbers: list[int]) -> Batch | str:
+        try:
+            return collate([self._dataset[number] for number in numbers])
+        except DataError as error:
+            return str(error)
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # the processes are the parallelism
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """End this process when the trainer is gone. The watchdog of torch looks at the parent process, which is the fork
+    server, and that lives on as long as its workers do."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _checked(batches: Iterator[Batch | str], workers: int) -> Iterator[Batch]:
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not workers or not _shows_dead_worker(error):
+                    raise
+                raise DataError(
+                    f"a data loading process died ({_first_line(error)}); usually memory or shared memory (/dev/shm) ran "
+                    "out: lower `data.workers`, `batch_size` or `accumulate`; with `data.workers=0` the cause shows itself"
+                ) from None
+            if isinstance(batch, str):
+                raise DataError(batch)
+            yield batch
+    finally:
+        del batches  # ends the workers now, even where a traceback keeps this frame
+
+
+def _shows_dead_worker(error: Exception) -> bool:
+    """A worker that died shows as a RuntimeError of the DataLoader or, where its last batch was on the way, as a broken
+    connection; an error that a living worker reports starts with "Caught"."""
+    if type(error) is RuntimeError:
+        return "DataLoader worker" in str(error) and not str(error).startswith("Caught")
+    return not str(error).startswith("Caught")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,121 @@
+"""Types that the readers, the loaders, the models and the validation share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..config import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .masks import FrameMasks
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file, what is wrong with it and the remedy."""
+
+
+class VideoRecord(Protocol):
+    """One video, or one image as a video of one frame. Cheap to open: nothing is decoded before it is asked for."""
+
+    name: str
+    num_frames: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frames in pixels."""
+        ...
+
+    @property
+    def annotated(self) -> Sequence[int]:
+        """Ascending numbers of the frames that have annotations; the others say nothing about the objects."""
+        ...
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Decode frames: uint8 [H, W, 3] RGB each, in the order of `indices`."""
+        ...
+
+    def masks(self, frame: int) -> FrameMasks:
+        """Object id -> bool [H, W] of the objects that are visible in an annotated frame; absent ones are missing."""
+        ...
+
+
+class Dataset(Protocol):
+    """A sequence of records."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> VideoRecord: ...
+
+
+@dataclass
+class Sample:
+    """One image (T = 1) or clip before batching, at the square training size S."""
+
+    frames: torch.Tensor
+    """uint8 [T, 3, S, S], RGB."""
+    masks: torch.Tensor
+    """bool [T, O, S, S]; an object that is absent from a frame has an empty mask there."""
+    object_ids: list[int]
+    """The O ids of the objects in their dataset."""
+    sample_id: str
+    """Where the sample comes from, for messages: `dataset/video@frame,frame,...`."""
+
+
+@dataclass
+class Batch:
+    """B clips of T frames, their N objects side by side."""
+
+    frames: torch.Tensor
+    """uint8 [B, T, 3, S, S], or float32 where it is already normalized."""
+    masks: torch.Tensor
+    """bool [T, N, S, S], N the objects of all clips."""
+    object_to_clip: torch.Tensor
+    """int64 [N], the clip (0 to B-1) of each object, ascending."""
+    sample_ids: list[str]
+    """One of each clip."""
+
+    @property
+    def num_frames(self) -> int:
+        return self.frames.shape[1]
+
+    @property
+    def num_objects(self) -> int:
+        return self.masks.shape[1]
+
+    @property
+    def is_video(self) -> bool:
+        return self.num_frames > 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on `device`."""
+        frames, masks, object_to_clip = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.frames, self.masks, self.object_to_clip)
+        )
+        return Batch(frames, masks, object_to_clip, self.sample_ids)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from where `to(device, non_blocking=True)` does not wait."""
+        frames, masks, object_to_clip = (
+            tensor.pin_memory() for tensor in (self.frames, self.masks, self.object_to_clip)
+        )
+        return Batch(frames, masks, object_to_clip, self.sample_ids)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack clips of equal length and size; objects of all clips share one axis (`Batch.object_to_clip`)."""
+    assert samples and len({sample.frames.shape for sample in samples}) == 1, [s.frames.shape for s in samples]
+    counts = torch.tensor([sample.masks.shape[1] for sample in samples])
+    return Batch(
+        frames=torch.stack([sample.frames for sample in samples]),
+        masks=torch.cat([sample.masks for sample in samples], dim=1),
+        object_to_clip=torch.repeat_interleave(torch.arange(len(samples)), counts),
+        sample_ids=[sample.sample_id for sample in samples],
+    )

@@ -1,0 +1,124 @@
+"""Geometry that frames and masks share, and colors."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from sam2fast.config import AugmentConfig
+from sam2fast.data.augment import (
+    FILL,
+    adjust_colors,
+    blur,
+    draw_blur,
+    draw_colors,
+    draw_geometry,
+    plain_geometry,
+)
+
+SIDE = 96
+OFF = {"flip": 0.0, "scale": (1.0, 1.0), "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "blur": 0.0}
+
+
+def draw(seed, size=(60, 80), **options):
+    return draw_geometry(AugmentConfig(**{**OFF, **options}), size, SIDE, np.random.default_rng(seed))
+
+
+def disk(height=60, width=80, y=30, x=40, radius=12):
+    rows, columns = np.mgrid[:height, :width]
+    return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+
+
+GEOMETRIES = [{}, {"flip": 1.0}, {"scale": (1.3, 1.3)}, {"scale": (0.6, 0.6)}, {"degrees": 30.0, "shear": 15.0},
+              {"degrees": 30.0, "shear": 15.0, "scale": (0.7, 1.3), "flip": 0.5}]
+
+
+@pytest.mark.parametrize("options", GEOMETRIES)
+@pytest.mark.parametrize("size", [(60, 80), (240, 110)])
+def test_masks_move_with_their_frames(options, size):
+    mask = disk(*size, size[0] // 2, size[1] // 2 + 4, 15)
+    image = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, 2)
+    for seed in range(4):
+        geometry = draw(seed, size, **options)
+        moved, seen = geometry.mask(mask), geometry.image(image)[..., 0]
+        assert moved.shape == seen.shape == (SIDE, SIDE) and moved.dtype == bool
+        assert ((seen > 127) == moved).mean() > 0.995  # the padding is below 127
+
+
+def test_plain_geometry_is_a_resize():
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    assert (plain_geometry((60, 80), SIDE).image(image) == cv2.resize(image, (SIDE, SIDE))).all()
+    assert (draw(0).image(image) == plain_geometry((60, 80), SIDE).image(image)).all()
+    assert (draw(0, flip=1.0).image(image) == plain_geometry((60, 80), SIDE).image(image)[:, ::-1]).all()
+
+
+def test_shrinking_averages_areas():
+    image = np.zeros((SIDE * 4, SIDE, 3), np.uint8)
+    image[::4] = 200  # every 4th row: sampling sees 0 or 200, the area average is 50
+    assert (plain_geometry(image.shape[:2], SIDE).image(image) == 50).all()
+    warped = draw_geometry(AugmentConfig(**{**OFF, "shear": 1e-9}), image.shape[:2], SIDE, np.random.default_rng(0))
+    assert warped.matrix is not None and abs(warped.image(image)[4:-4, 4:-4].astype(int) - 50).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(60, 80), (240, 80), (300, 400)])
+def test_a_warp_without_rotation_is_the_resize(size):
+    image = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8), size[::-1])
+    for flip in (0.0, 1.0):
+        warped, resized = draw(0, size, shear=1e-9, flip=flip).image(image), draw(0, size, flip=flip).image(image)
+        assert abs(warped.astype(int) - resized)[2:-2, 2:-2].max() <= 3
+
+
+def test_rotation_turns_about_the_center_at_the_aspect_of_the_image():
+    mask = disk(60, 80, 30, 60, 6)  # right of the center by 20
+    angles = []
+    for seed in range(20):
+        rows, columns = np.nonzero(draw(seed, degrees=40.0).mask(mask))
+        y, x = (rows.mean() + 0.5) * 60 / SIDE - 30, (columns.mean() + 0.5) * 80 / SIDE - 40
+        assert abs(np.hypot(x, y) - 20.5) < 0.8
+        angles.append(np.rad2deg(np.arctan2(y, x)))
+    assert -42 < min(angles) < -10 and 10 < max(angles) < 42
+
+
+def test_scale_crops_or_pads_at_random_places():
+    for scale in (1.25, 0.8):
+        masks = [draw(seed, scale=(scale, scale)).mask(disk()) for seed in range(12)]
+        plain = plain_geometry((60, 80), SIDE).mask(disk())
+        assert all(abs(mask.sum() / plain.sum() - scale**2) < 0.1 for mask in masks)
+        assert len({tuple(np.argwhere(mask)[0]) for mask in masks}) > 6
+    padded = draw(0, scale=(0.5, 0.5)).image(np.zeros((60, 80, 3), np.uint8))
+    assert ((padded == 0).all(-1) | (padded == FILL).all(-1)).all() and (padded == 0).all(-1).mean() == 0.25
+
+
+def test_colors_match_their_definition():
+    image = np.random.default_rng(0).integers(60, 190, (32, 32, 3), dtype=np.uint8)
+    weights = np.array([0.299, 0.587, 0.114])
+
+    def expected(brightness, contrast, saturation):
+        bright = image * brightness
+        spread = contrast * bright + (1 - contrast) * (bright @ weights).mean()
+        return saturation * spread + (1 - saturation) * (spread @ weights)[..., None]
+
+    for factors in ((1.2, 1, 1), (1, 0.7, 1), (1, 1, 1.3), (0.8, 1.2, 0.5), (1, 1, 0)):
+        assert abs(adjust_colors(image, *factors) - expected(*factors)).max() <= 1, factors
+    assert adjust_colors(image, 1, 1, 1) is image
+    assert adjust_colors(image, 2, 1, 1).max() == 255
+
+
+def test_color_factors_of_a_clip():
+    rng = np.random.default_rng(0)
+    clip = draw_colors(AugmentConfig(**{**OFF, "brightness": 0.4, "contrast": 0.2}), 5, rng)
+    assert clip.shape == (5, 3) and (clip == clip[0]).all() and (clip[0] != 1).tolist() == [True, True, False]
+    frames = draw_colors(AugmentConfig(**OFF, frame_saturation=0.5), 5, rng)
+    assert len(set(frames[:, 2])) == 5 and (frames[:, :2] == 1).all() and abs(frames - 1).max() <= 0.5
+    assert (draw_colors(AugmentConfig(**OFF, grayscale=1.0), 5, rng)[:, 2] == 0).all()
+    strong = draw_colors(AugmentConfig(**{**OFF, "brightness": 5.0}), 200, rng)
+    assert strong.min() >= 0
+
+
+def test_blur():
+    rng = np.random.default_rng(0)
+    sigmas = [draw_blur(AugmentConfig(blur=0.5), 1024, rng) for _ in range(200)]
+    assert 60 < sum(sigma > 0 for sigma in sigmas) < 140 and max(sigmas) <= 2
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert blur(image, 0.0) is image and blur(image, 2.0).std() < image.std() / 2
