@@ -1,0 +1,107 @@
+"""What the training loop asks of an engine, and the choice between the engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, EngineConfig, OptimConfig
+from .mesh import Ranks
+
+
+@dataclass
+class StepResult:
+    """Outcome of an optimizer step, both on the training device."""
+
+    grad_norm: Tensor
+    """L2 norm of all gradients before clipping."""
+    skipped: Tensor
+    """1 where the gradient was not finite and the update was left out, else 0."""
+
+
+class Engine(Protocol):
+    """Gradients, their reduction over ranks, the update and the state of one stage."""
+
+    module: nn.Module
+
+    def forward(self, *args: Any) -> Any:
+        """Run the module under the engine's precision."""
+
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        """Accumulate gradients of `loss`; at the `boundary` they are averaged over ranks."""
+
+    def step(self, lr_scale: float) -> StepResult:
+        """Clip, update with every group's base rate times `lr_scale`, and clear the gradients."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state into `folder` (called on every rank)."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights on the CPU, on every rank."""
+
+    def evaluation(self) -> AbstractContextManager[nn.Module]:
+        """The module in eval mode with whole weights, usable on one rank without the others."""
+
+    def close(self) -> None:
+        """Release hooks and communicators before the process group goes."""
+
+
+def build_engine(config: EngineConfig, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict],
+                 precision: str, accumulate: int, rebuild: Callable[[], nn.Module]) -> Engine:
+    """Wrap `module` and its optimizer groups in the engine that `config` chooses.
+
+    Args:
+        rebuild: makes an untrained module of the same shape, for engines that shard the weights they train.
+    """
+    kind = resolve_kind(config)
+    if kind == "deepspeed":
+        from .zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, optim, ranks, module, groups, precision, accumulate, rebuild)
+    if config.zero_stage or config.deepspeed_config:
+        raise ConfigError("engine.kind is torch, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+                          "set engine.kind=deepspeed")
+    from .ddp import TorchEngine
+
+    return TorchEngine(optim, ranks, module, groups, precision)
+
+
+def resolve_kind(config: EngineConfig) -> str:
+    """`torch` or `deepspeed`, with `auto` decided by the settings and the launcher."""
+    if config.kind != "auto":
+        return config.kind
+    # CROSS_SIZE and LOCAL_SIZE are set by the deepspeed launcher and by no other.
+    launched = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ
+    return "deepspeed" if launched or config.zero_stage is not None or config.deepspeed_config else "torch"
+
+
+AUTOCAST_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Mixed precision as the official trainer uses it: float32 weights, low-precision matmuls and convolutions."""
+    return torch.autocast(device.type, AUTOCAST_DTYPE.get(precision), enabled=precision in AUTOCAST_DTYPE)
+
+
+def clip_on_device(params: list[nn.Parameter], max_norm: float | None) -> StepResult:
+    """Scale gradients to at most `max_norm` (L2 over all) without reading the norm on the host."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return StepResult(norm, (~torch.isfinite(norm)).float())
+
+
+def set_rates(groups: list[dict], lr_scale: float) -> None:
+    for group in groups:
+        group["lr"] = group["base_lr"] * lr_scale

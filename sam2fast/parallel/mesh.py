@@ -1,0 +1,94 @@
+"""The ranks of a run: one process group, set up the same way under deepspeed, torchrun and plain python."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of `value` over all ranks (in place; no copy to the host)."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Picklable `value` of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def setup(device: str = "auto", timeout_minutes: float = 30.0, local_rank: int | None = None) -> Ranks:
+    """Join the process group that the launcher describes, or make one of a single process.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (cuda where a GPU is present).
+        timeout_minutes: how long a collective may wait for a rank before the run fails instead of hanging.
+        local_rank: rank on this machine where the launcher passes it as an argument; else LOCAL_RANK is read.
+
+    Raises:
+        ConfigError: cuda was asked for and no GPU is present.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device is 'cuda' but torch sees no GPU; set device=cpu, or install a CUDA build of torch")
+    kind = "cuda" if device != "cpu" and available else "cpu"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0 if local_rank is None else local_rank)):
+        os.environ.setdefault(name, str(default))
+    rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return Ranks(rank, world_size, local, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"))
+
+
+def teardown() -> None:
+    """Leave the process group; a group left to the interpreter's exit can abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

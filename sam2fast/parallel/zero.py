@@ -1,0 +1,204 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, EngineConfig, OptimConfig
+from .engine import StepResult, autocast, clip_on_device, set_rates
+from .mesh import Ranks
+
+DEFAULT_STAGE = 1
+"""States are a small part of SAM 2's memory, and stage 1 shards what is worth sharding without re-gathering weights."""
+OWNED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+              "optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
+"""Entries of a DeepSpeed file that this project sets from its own config, where they can be validated."""
+
+
+class DeepSpeedEngine:
+    """Weights stay float32 and autocast runs inside the module, as in the torch engine, so that both give the same losses."""
+
+    def __init__(self, config: EngineConfig, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict],
+                 precision: str, accumulate: int, rebuild: Callable[[], nn.Module]) -> None:
+        deepspeed = _import_deepspeed(ranks.device.type)
+        settings = deepspeed_settings(config, optim, accumulate)
+        self.stage = settings["zero_optimization"]["stage"]
+        if optim.missing_grad == "skip" and self.stage > 0:
+            raise ConfigError(f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
+                              "parameter; set optim.missing_grad=zero, engine.zero_stage=0 or engine.kind=torch")
+        self.ranks, self.rebuild = ranks, rebuild
+        self.clip = optim.clip
+        self.fill_missing = optim.missing_grad == "zero"
+        self.params = [p for group in groups for p in group["params"]]
+        optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.module = self.engine.module
+        self.autocast = lambda: autocast(precision, ranks.device)
+        self.loss_scale = LossScale() if precision == "float16" else None
+        if self.loss_scale and self.stage > 0:
+            self.optimizer.override_loss_scale(self.loss_scale.value)
+
+    def forward(self, *args: Any) -> Any:
+        with self.autocast():
+            return self.engine(*args)
+
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(boundary)
+        if self.loss_scale and self.stage == 0:
+            loss = loss * self.loss_scale.value
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr_scale: float) -> StepResult:
+        set_rates(self.optimizer.param_groups, lr_scale)
+        if self.stage == 0:
+            return self._step_unsharded()
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device)
+        skipped = not self.engine.was_step_applied()
+        if self.loss_scale:
+            self.loss_scale.update(skipped)
+            self.optimizer.override_loss_scale(self.loss_scale.value)
+        if self.stage == 3:
+            # A parameter that the next batch does not reach would otherwise be updated with this step's gradient again.
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        return StepResult(norm, torch.tensor(float(skipped), device=self.ranks.device))
+
+    def _step_unsharded(self) -> StepResult:
+        """Stage 0: DeepSpeed reports no gradient norm and lets non-finite gradients through, so both are done here."""
+        for param in self.params:
+            if self.fill_missing and param.grad is None:
+                param.grad = torch.zeros_like(param)
+            if self.loss_scale and param.grad is not None:
+                param.grad /= self.loss_scale.value
+        result = clip_on_device(self.params, self.clip)
+        self.optimizer.found_inf = result.skipped
+        self.engine.step()
+        if self.loss_scale:
+            self.loss_scale.update(bool(result.skipped))
+        return result
+
+    def save(self, folder: Path) -> None:
+        scale = vars(self.loss_scale) if self.loss_scale else {}
+        self.engine.save_checkpoint(str(folder), tag="zero", client_state={"loss_scale": scale}, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        _, client_state = self.engine.load_checkpoint(str(folder), tag="zero")
+        if self.loss_scale:
+            self.loss_scale = LossScale(**client_state["loss_scale"])
+            if self.stage > 0:
+                self.optimizer.override_loss_scale(self.loss_scale.value)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        state = {name: value.detach().cpu() for name, value in self.module.named_buffers()}
+        for name, param in self.module.named_parameters():
+            with GatheredParameters([param]):
+                state[name] = param.detach().cpu().clone()
+        return state
+
+    @contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        if self.stage < 3:
+            module = self.module
+        else:  # a copy with whole weights: ranks may then run different numbers of frames
+            module = self.rebuild()
+            module.load_state_dict(self.full_state_dict())
+            module.to(self.ranks.device)
+        training = module.training
+        module.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield module
+        finally:
+            module.train(training)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scale for float16: halved at an overflow, doubled after `patience` steps without one.
+
+    DeepSpeed's own scaling beside torch autocast never lowers its scale and clips scaled gradients.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0
+    patience: int = 2000
+
+    def update(self, overflow: bool) -> None:
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps % self.patience == 0:
+            self.value *= 2
+
+
+def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int) -> dict:
+    """The DeepSpeed configuration: ours, under the entries of the user's file.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or sets an entry that sam2fast's own config decides.
+    """
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulate,
+        "steps_per_print": 2**31 - 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": DEFAULT_STAGE},
+    }
+    if config.deepspeed_config:
+        user = _read_json(config.deepspeed_config)
+        refused = [key for key in OWNED_KEYS if user.get(key) not in (None, "auto")]
+        if refused:
+            raise ConfigError(f"{config.deepspeed_config} sets {', '.join(refused)}, which sam2fast takes from its own config "
+                              "(stages.*.optim, stages.*.accumulate, precision); remove these entries or set them to \"auto\"")
+        settings.update({key: copy.deepcopy(value) for key, value in user.items() if key not in OWNED_KEYS})
+    if config.zero_stage is not None:
+        settings["zero_optimization"] = {**settings["zero_optimization"], "stage": config.zero_stage}
+    settings["zero_optimization"].setdefault("stage", DEFAULT_STAGE)
+    sharded = settings["zero_optimization"]["stage"] > 0
+    settings["gradient_clipping"] = optim.clip or 0.0 if sharded else 0.0
+    return settings
+
+
+def _read_json(path: str) -> dict:
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}; check engine.deepspeed_config") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the DeepSpeed config {path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"the DeepSpeed config {path} must hold an object at its top, not {type(value).__name__}")
+    return value
+
+
+def _import_deepspeed(device: str) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    try:
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    except ImportError as error:
+        raise ConfigError(f"the DeepSpeed engine was chosen but deepspeed cannot be imported ({error}); "
+                          "pip install deepspeed, or set engine.kind=torch") from None
+    # Its shared-memory collective is compiled at the first run (a minute on a CPU) and gloo does the same work.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,89 @@
+"""Trains a small module with every engine in turn and prints what each did, as JSON, on rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sam2fast.config import EngineConfig, OptimConfig
+from sam2fast.parallel import Ranks, build_engine, setup, teardown
+
+STEPS, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 5, 2, 8
+ENGINES = [("torch", None)] + [("deepspeed", stage) for stage in range(4)]
+
+
+class Net(nn.Module):
+    """Has a bare parameter and a part that only every other batch reaches, as SAM 2 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+        self.memory = nn.Linear(4, 4)
+        self.token = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor, use_memory: bool) -> Tensor:
+        y = self.trunk(x) + self.token
+        return self.memory(y) if use_memory else y
+
+
+def groups_of(module: nn.Module) -> list[dict]:
+    matrices = [p for p in module.parameters() if p.dim() > 1]
+    vectors = [p for p in module.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "lr": 1e-2, "base_lr": 1e-2, "weight_decay": 0.1},
+            {"params": vectors, "lr": 5e-3, "base_lr": 5e-3, "weight_decay": 0.0}]
+
+
+def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
+    module = Net()
+    engine = build_engine(EngineConfig(kind=kind, zero_stage=stage), OptimConfig(lr=1e-2, clip=1.0), ranks, module, groups_of(module),
+                          precision, ACCUMULATE, Net)
+    losses, skipped, norms, continued = [], [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(ranks.broadcast(name))
+        for step in range(STEPS):
+            if step == STEPS - 3:
+                engine.save(folder)
+            loss, result = train_step(engine, ranks, step)
+            losses.append(loss)
+            norms.append(float(result.grad_norm))
+            skipped.append(bool(result.skipped))
+        weights = {name: value.tolist() for name, value in engine.full_state_dict().items()}
+        with engine.evaluation() as whole:
+            output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
+        ranks.barrier()
+        engine.load(folder)
+        for step in range(STEPS - 3, STEPS):
+            continued.append(train_step(engine, ranks, step)[0])
+        ranks.barrier()
+    engine.close()
+    return {"losses": losses, "norms": [n if math.isfinite(n) else None for n in norms], "skipped": skipped, "weights": weights,
+            "output": output, "continued": continued}
+
+
+def train_step(engine, ranks: Ranks, step: int):
+    x = torch.randn(GLOBAL_BATCH, 8, generator=torch.Generator().manual_seed(step))
+    total = torch.zeros(())
+    for micro, part in enumerate(x.chunk(ranks.world_size)[ranks.rank].chunk(ACCUMULATE)):
+        loss = engine.forward(part, step % 2 == 0).float().pow(2).sum() * ranks.world_size / GLOBAL_BATCH
+        if step == BAD_STEP:
+            loss = loss * float("inf") - loss * float("inf")
+        engine.backward(loss, boundary=micro == ACCUMULATE - 1)
+        total += loss.detach() / ranks.world_size
+    return ranks.sum(total).item(), engine.step(1 - step / 20)
+
+
+if __name__ == "__main__":
+    ranks = setup("cpu")
+    results = {f"{kind}{'' if stage is None else stage}": run(ranks, kind, stage, sys.argv[1]) for kind, stage in ENGINES}
+    if ranks.main:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    teardown()
