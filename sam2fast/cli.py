@@ -1,0 +1,126 @@
+"""The `sam2fast` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code (2 for a user's mistake)."""
+    parser = argparse.ArgumentParser(prog="sam2fast", description="Train and evaluate SAM 2.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("train", help="train in this process (use deepspeed or torchrun on sam2fast/train.py for several)")
+    sub.add_argument("--config", required=True)
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub = commands.add_parser("evaluate", help="score a checkpoint on the validation sets of a config")
+    sub.add_argument("--config", required=True)
+    sub.add_argument("--checkpoint", required=True, help="official SAM 2 checkpoint, for example RUN/export/model.pt")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub = commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
+    sub = commands.add_parser("quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU")
+    sub.add_argument("--folder", default="runs", help="where data and the run go")
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "synthesize":
+        from .data.synthetic import main as synthesize
+
+        return synthesize(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "train":
+        return train(args.config, args.overrides)
+    if args.command == "evaluate":
+        return evaluate(args.config, args.checkpoint, args.overrides)
+    return quickstart(Path(args.folder))
+
+
+def train(config_path: str, overrides: list[str], local_rank: int | None = None) -> int:
+    """Train the run that a config describes; returns the exit code."""
+
+    def body() -> None:
+        from .config_file import load_config
+        from .parallel import setup, teardown
+        from .recipe import run
+
+        config = load_config(config_path, overrides)
+        ranks = setup(config.device, config.engine.timeout_minutes, local_rank)
+        try:
+            run(config, ranks)
+        finally:
+            teardown()
+
+    return _guarded(body)
+
+
+def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
+    """Print the validation scores of a checkpoint; returns the exit code."""
+
+    def body() -> None:
+        from .config_file import load_config
+        from .parallel import setup, teardown
+        from .recipe import evaluate_checkpoint
+
+        config = load_config(config_path, overrides)
+        ranks = setup(config.device, config.engine.timeout_minutes)
+        try:
+            scores = evaluate_checkpoint(config, checkpoint, ranks)
+        finally:
+            teardown()
+        for name, value in scores.items():
+            print(f"{name:32} {value:.4g}")
+
+    return _guarded(body)
+
+
+def quickstart(folder: Path) -> int:
+    """Write the synthetic data and train configs/quickstart.yaml on it through the deepspeed launcher."""
+    from .data.synthetic import main as synthesize
+
+    config = ROOT / "configs" / "quickstart.yaml"
+    if not config.is_file():
+        print(f"error: {config} not found; run quickstart from a checkout of sam2fast", file=sys.stderr)
+        return 2
+    data = folder / "quickstart_data"
+    for name, layout, count, seed in QUICKSTART_DATA:
+        print(f"writing synthetic data: {data / name}", flush=True)
+        code = synthesize(["--root", str(data / name), "--format", layout, "--count", str(count), "--seed", str(seed)])
+        if code:
+            return code
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), str(ROOT / "sam2fast" / "train.py"), "--config", str(config), f"data.root={data}",
+               f"output_dir={folder / 'quickstart'}"]
+    print("$ " + " ".join(command), flush=True)
+    return subprocess.call(command, env={**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"})
+
+
+QUICKSTART_DATA = (("images", "sa1b", 300, 1), ("videos", "sav", 60, 2), ("held_out", "video_folder", 8, 3))
+"""Folder, format, number of images or clips, and seed."""
+
+
+def _guarded(body: Callable[[], None]) -> int:
+    """Run `body`; a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    from torch import OutOfMemoryError
+
+    from .config import UserError
+
+    rank = int(os.environ.get("RANK", 0))
+    prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    try:
+        body()
+        return 0
+    except UserError as error:
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OutOfMemoryError as error:
+        print(f"{prefix}error: out of GPU memory ({str(error).splitlines()[0]}); lower stages.*.data.*.batch_size, max_objects or frames "
+              "(accumulate keeps the effective batch), model.image_size, or use precision=bfloat16", file=sys.stderr, flush=True)
+        return 3
+    except KeyboardInterrupt:
+        print(f"{prefix}interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        return 130

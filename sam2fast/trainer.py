@@ -1,0 +1,181 @@
+"""The loop of one stage. Nothing in a step waits for the device; numbers are read once per log interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointStore, RunState
+from .config import Config, StageConfig, UserError
+from .data.loaders import build_loader
+from .data.mixture import Mixture
+from .data.sample import Batch
+from .data.sampling import ClipDataset
+from .losses import SegmentationLoss
+from .models.plan import draw_plan
+from .optim import learning_rate
+from .parallel import Engine, Ranks, StepResult
+from .telemetry.meters import Meters
+from .telemetry.progress import Progress
+from .telemetry.run_log import RunLog
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+@dataclass
+class StepRecord:
+    """What is kept of a step until the next log interval reads it."""
+
+    step: int
+    skipped: Tensor
+    terms: dict[str, Tensor]
+    sample_ids: list[str]
+
+
+@dataclass
+class Telemetry:
+    """Where numbers go."""
+
+    meters: Meters
+    log: RunLog
+    progress: Progress
+    gpu: Callable[[], dict[str, float]]
+    warn: Callable[[str], None]
+    records: list[StepRecord] = field(default_factory=list)
+
+
+class StageTrainer:
+    """Trains one stage from `state.step` to its end, saving, validating and logging on the way."""
+
+    def __init__(self, config: Config, state: RunState, engine: Engine, datasets: list[ClipDataset], ranks: Ranks,
+                 store: CheckpointStore, telemetry: Telemetry, validate: Callable[[], dict[str, float]]) -> None:
+        self.config, self.state, self.engine, self.ranks = config, state, engine, ranks
+        self.stage: StageConfig = config.stages[state.stage]
+        self.store, self.telemetry, self.validate = store, telemetry, validate
+        self.loss = SegmentationLoss(self.stage.loss)
+        self.mixture = Mixture(self.stage, config.seed, state.stage)
+        self.datasets = datasets
+        self.loaders: dict[int, Iterator[Batch]] = {}
+
+    def train(self) -> None:
+        """Run the stage.
+
+        Raises:
+            TrainingError: too many steps in a row had a loss or gradient that is not finite.
+        """
+        state, log_every = self.state, self.config.log_every
+        started, interval, data_time, samples = time.monotonic() - state.seconds, time.monotonic(), 0.0, 0
+        last_step = state.step
+        while state.step < self.stage.steps and not state.stopped:
+            before_data = time.monotonic()
+            batches = self._next_batches()
+            data_time += time.monotonic() - before_data
+            samples += len(batches) * batches[0].frames.shape[0] * self.ranks.world_size
+            self._step(batches)
+            state.step += 1
+            state.global_step += 1
+            state.seconds = time.monotonic() - started
+            ended = state.step == self.stage.steps
+            if state.global_step % log_every == 0 or ended:
+                self._check_finite()
+                elapsed, steps = time.monotonic() - interval, state.step - last_step
+                self._log({"perf/samples_per_s": samples / elapsed, "perf/data_time": data_time / steps,
+                           "perf/step_time": elapsed / steps})
+                interval, data_time, samples, last_step = time.monotonic(), 0.0, 0, state.step
+            every = self.config.validation.every
+            if self.config.validation.sets and (ended or (every and state.global_step % every == 0)):
+                self._validate()
+                interval, data_time, samples, last_step = time.monotonic(), 0.0, 0, state.step
+            if not ended and state.global_step % self.config.checkpoint.every == 0:
+                self._check_finite()
+                self.store.save(self.engine, state)
+        self._check_finite()
+
+    def _next_batches(self) -> list[Batch]:
+        """The micro-batches of this step, all before the first forward: their objects are counted for the normalization."""
+        item = self.mixture.item(self.state.step)
+        if item not in self.loaders:
+            start = self.mixture.position(item, self.state.step) * self.stage.accumulate
+            self.loaders[item] = build_loader(self.datasets[item], self.stage.data[item].batch_size, rank=self.ranks.rank,
+                                              world_size=self.ranks.world_size, start=start, workers=self.config.data.workers, accumulate=self.stage.accumulate)
+        return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
+
+    def _step(self, batches: list[Batch]) -> None:
+        state, device = self.state, self.ranks.device
+        # One plan for all micro-steps and ranks: graphs of different shape would deadlock sharded training, and N micro-steps
+        # then are one batch N times as large.
+        plan = draw_plan(self.stage.prompts, batches[0].num_frames,
+                         np.random.Generator(np.random.PCG64([self.config.seed, state.stage, state.step])))
+        objects = self.ranks.sum(torch.tensor(float(sum(batch.num_objects for batch in batches)), device=device))
+        normalizer = (objects / self.ranks.world_size).clamp(min=1)
+        totals: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            self._seed(micro)
+            batch = batch.to(device, non_blocking=True)
+            output = self.engine.forward(batch, plan)
+            terms = self.loss([frame.steps for frame in output.frames], batch.masks, normalizer)
+            self.engine.backward(terms["total"], boundary=micro == len(batches) - 1)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        result = self.engine.step(learning_rate(self.stage.optim, state.step, self.stage.steps))
+        self._record(result, totals, batches)
+
+    def _seed(self, micro: int) -> None:
+        """Randomness of content (dropout, clicks) is a function of seed, step and rank, so a resumed run repeats it."""
+        key = np.random.SeedSequence([self.config.seed, self.state.stage, self.state.step, micro, self.ranks.rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+
+    def _record(self, result: StepResult, terms: dict[str, Tensor], batches: list[Batch]) -> None:
+        ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
+        self.telemetry.records.append(StepRecord(self.state.global_step, result.skipped, terms, ids))
+        self.telemetry.meters.update({**terms, "grad_norm": result.grad_norm})
+
+    def _check_finite(self) -> None:
+        """Read the flags of the steps since the last call; a step that was skipped is reported with what it was made of."""
+        records, self.telemetry.records = self.telemetry.records, []
+        if not records:
+            return
+        state = self.state
+        for record, skipped in zip(records, torch.stack([record.skipped for record in records]).tolist(), strict=True):
+            if not skipped:
+                state.bad_streak = 0
+                continue
+            state.bad_steps += 1
+            state.bad_streak += 1
+            terms = ", ".join(f"{name} {value.item():.4g}" for name, value in record.terms.items())
+            self.telemetry.warn(f"step {record.step}: loss or gradient not finite, update skipped ({terms}; samples "
+                                f"{', '.join(record.sample_ids)})")
+            if state.bad_streak >= self.config.max_bad_steps:
+                raise TrainingError(f"{state.bad_streak} steps in a row had a loss or gradient that is not finite (the last: step "
+                                    f"{record.step}, {terms}, samples {', '.join(record.sample_ids)}); lower stages.{state.stage}.optim.lr, "
+                                    "use precision=bfloat16 or float32, or look at these samples")
+
+    def _log(self, perf: dict[str, float]) -> None:
+        state = self.state
+        means = self.telemetry.meters.compute(self.ranks.sum)
+        self.telemetry.meters.reset()
+        scale = learning_rate(self.stage.optim, state.step - 1, self.stage.steps)
+        optim = self.stage.optim
+        values = {TAGS.get(name, f"train/{name}"): value for name, value in means.items()}
+        values |= {"lr/base": optim.lr * scale, "lr/encoder": (optim.encoder_lr or optim.lr) * scale, **perf, **self.telemetry.gpu()}
+        values["train/bad_steps"] = float(state.bad_steps)
+        self.telemetry.log.scalars(state.global_step, values, stage=self.stage.name)
+        self.telemetry.progress.update(state.global_step, self.stage.name, values)
+
+    def _validate(self) -> None:
+        values = self.validate()
+        self.telemetry.log.scalars(self.state.global_step, values, stage=self.stage.name)
+        self.telemetry.progress.message("  ".join([f"validation at step {self.state.global_step}:",
+                                                   *(f"{tag} {value:.2f}" for tag, value in values.items())]))
+
+
+TAGS = {"total": "train/loss", "mask": "train/mask_loss", "focal": "train/focal_loss", "dice": "train/dice_loss", "iou": "train/iou_loss",
+        "temporal": "train/temporal_loss", "object_score": "train/object_score_loss", "grad_norm": "train/grad_norm"}
+"""Loss terms to TensorBoard tags."""

@@ -1,0 +1,86 @@
+"""kill -9 at any step, then the same command: the weights are those of an uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import DEEPSPEED, PYTHON, TORCHRUN, command, environment, losses, run, train
+
+LAST_STEP = 10
+
+
+def kill_at(arguments: list[str], output: Path, step: int) -> None:
+    """Start training and kill every process of it when `step` is in the log."""
+    process = subprocess.Popen(arguments, cwd=output.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not ((output / "log.jsonl").is_file() and max(losses(output), default=0) >= step):
+        assert process.poll() is None and time.monotonic() < deadline, "training ended before it could be killed"
+        time.sleep(0.02)
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        try:
+            each.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "export" / "model.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module", params=[PYTHON, [*DEEPSPEED, "--num_accelerators", "2"], [*TORCHRUN, "--nproc_per_node=2"]],
+                ids=["python", "deepspeed-2", "torchrun-2"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, config: Path, synthetic: Path):
+    output = tmp_path_factory.mktemp("resume") / "whole"
+    train(request.param, config, synthetic, output)
+    return request.param, output
+
+
+def test_killed_runs_end_with_the_same_weights(uninterrupted, tmp_path: Path, config: Path, synthetic: Path) -> None:
+    launcher, whole = uninterrupted
+    output = tmp_path / "killed"
+    arguments = command(launcher, config, synthetic, output)
+    first = random.SystemRandom().randint(1, LAST_STEP - 2)
+    second = random.SystemRandom().randint(first, LAST_STEP - 1)
+    for step in (first, second):
+        kill_at(arguments, output, step)
+    done = run(arguments, cwd=tmp_path)
+    assert done.returncode == 0, (first, second, done.stderr[-3000:])
+    want, got = weights(whole), weights(output)
+    different = [name for name in want if not torch.equal(want[name], got[name])]
+    assert not different, (first, second, different[:3])
+    assert losses(output) == losses(whole), (first, second)
+    again = run(arguments, cwd=tmp_path)  # a finished run has nothing left to do
+    assert again.returncode == 0 and losses(output) == losses(whole)
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path: Path, exact_config: Path, synthetic: Path) -> None:
+    output = tmp_path / "run"
+    arguments = command(PYTHON, exact_config, synthetic, output, "checkpoint.every=2")
+    kill_at(arguments, output, 2)
+    checkpoints = output / "checkpoints"
+    partial = checkpoints / ".step_00000003.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "torch.pt").write_bytes(b"half")
+    done = run(arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(losses(output)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.image_size=96", "model.image_size from 64 to 96"),
+    ("checkpoint.resume=false", "checkpoint.resume is false"),
+    ("engine.kind=deepspeed", "engine.kind"),
+])
+def test_a_run_that_cannot_continue_says_why(tmp_path: Path, exact_config: Path, synthetic: Path, override: str, message: str) -> None:
+    output = tmp_path / "run"
+    kill_at(command(PYTHON, exact_config, synthetic, output, "checkpoint.every=1"), output, 2)
+    done = run(command(PYTHON, exact_config, synthetic, output, "checkpoint.every=1", override), cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
