@@ -1,8 +1,8 @@
 """Makes `import timm` work where a CPU build of torch meets the CUDA build of torchvision.
 
 A package index may serve a CPU torch but only a CUDA torchvision, whose compiled operators cannot load without
-libtorch_cuda. Its Python code registers shape functions for `torchvision::nms` all the same, so `import torchvision` (and
-with it timm and transformers) stops with "operator torchvision::nms does not exist". Declaring the schemas of the
+libtorch_cuda. Its Python code registers shape functions for `torchvision::nms` all the same, so `import torchvision`
+(and with it timm and transformers) stops with "operator torchvision::nms does not exist". Declaring the schemas of the
 operators it asks for is enough: nothing here calls them. Importing this module before timm does so where it is needed,
 and nothing anywhere else.
 """

@@ -18,6 +18,11 @@ import torch
 from .sample import Batch, DataError, collate
 from .sampling import ClipDataset
 
+_DEAD_WORKER = (
+    "a data loading process died ({}); usually memory or shared memory (/dev/shm) ran out: lower `data.workers`, "
+    "`batch_size` or `accumulate`; with `data.workers=0` the cause shows itself"
+)
+
 
 def build_loader(dataset: ClipDataset, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0,
                  workers: int = 0, accumulate: int = 1) -> Iterator[Batch]:
@@ -96,12 +101,9 @@ def _checked(batches: Iterator[Batch | str], workers: int) -> Iterator[Batch]:
             try:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
-                if not workers or not _shows_dead_worker(error):
-                    raise
-                raise DataError(
-                    f"a data loading process died ({_first_line(error)}); usually memory or shared memory (/dev/shm) ran "
-                    "out: lower `data.workers`, `batch_size` or `accumulate`; with `data.workers=0` the cause shows itself"
-                ) from None
+                if workers and _is_of_dead_worker(error):
+                    raise DataError(_DEAD_WORKER.format((str(error) or type(error).__name__).splitlines()[0])) from None
+                raise
             if isinstance(batch, str):
                 raise DataError(batch)
             yield batch
@@ -109,13 +111,8 @@ def _checked(batches: Iterator[Batch | str], workers: int) -> Iterator[Batch]:
         del batches  # ends the workers now, even where a traceback keeps this frame
 
 
-def _shows_dead_worker(error: Exception) -> bool:
+def _is_of_dead_worker(error: Exception) -> bool:
     """A worker that died shows as a RuntimeError of the DataLoader or, where its last batch was on the way, as a broken
     connection; an error that a living worker reports starts with "Caught"."""
-    if type(error) is RuntimeError:
-        return "DataLoader worker" in str(error) and not str(error).startswith("Caught")
-    return not str(error).startswith("Caught")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = str(error)
+    return not text.startswith("Caught") and (type(error) is not RuntimeError or "DataLoader worker" in text)

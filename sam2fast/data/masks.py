@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 
 from .sample import DataError
@@ -45,8 +46,6 @@ class FrameMasks(Mapping[int, np.ndarray]):
 
 def label_masks(labels: np.ndarray, size: Size) -> FrameMasks:
     """Masks of an image of object numbers, uint8 [h, w], 0 for none."""
-    import cv2
-
     counts = cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel()  # 10 times faster than np.bincount
     areas = {int(number): int(counts[number]) for number in np.flatnonzero(counts) if number}
     return FrameMasks(size, areas, lambda object_id: labels == object_id)
@@ -93,7 +92,8 @@ def decode_runs(size: Size, lengths: np.ndarray) -> np.ndarray:
     """Run lengths (`parse_rle`) to bool [h, w]."""
     is_object = np.zeros(len(lengths), dtype=bool)
     is_object[1::2] = True
-    return np.repeat(is_object, lengths).reshape(size[1], size[0]).T
+    columns = np.repeat(is_object, lengths).reshape(size[1], size[0])
+    return cv2.transpose(columns.view(np.uint8)).view(bool)  # contiguous, and 6 times faster than numpy's copy
 
 
 def polygons_to_runs(polygons: Any, size: Size, source: str) -> tuple[Size, np.ndarray]:

@@ -159,7 +159,8 @@ def _frames(record: VideoRecord, window: Window, geometry: augmentation.Geometry
     out = np.empty((len(window.frames), 3, side, side), np.uint8)
     shown = [position for position, hidden in enumerate(window.hidden) if not hidden]
     for position, image in zip(shown, record.frames([window.frames[position] for position in shown]), strict=True):
-        image = augmentation.adjust_colors(geometry.image(image), *colors[position])
+        # colors before geometry, which may add pixels of the neutral fill color
+        image = geometry.image(augmentation.adjust_colors(image, *colors[position]))
         cv2.split(augmentation.blur(image, sigma), list(out[position]))
     for position in set(range(len(out))).difference(shown):
         out[position] = np.array(augmentation.FILL, np.uint8)[:, None, None]

@@ -1,7 +1,7 @@
 """Tracking of prompted objects through a video by the inference rules of the official SAM 2 predictor.
 
-Frames are read one by one, each is encoded once for all objects, and memories that no later frame can reach are dropped:
-memory use does not grow with the length of the video.
+Frames are read one by one, each is encoded once for all objects, and memories that no later frame can reach are
+dropped: memory use does not grow with the length of the video.
 """
 
 from __future__ import annotations
@@ -157,8 +157,10 @@ def _check_prompts(prompts: Mapping[int, tuple[int, Prompt]], num_frames: int) -
         if not 0 <= start < num_frames:
             raise PromptError(f"the prompt of object {name} is on frame {start}; the video has 0 to {num_frames - 1}")
         if isinstance(prompt, PointPrompt) and np.shape(prompt.coords) != (len(prompt.labels), 2):
-            raise PromptError(f"object {name}: {len(prompt.labels)} labels need [P, 2] coordinates, not those of shape "
-                              f"{np.shape(prompt.coords)}")
+            raise PromptError(
+                f"object {name}: {len(prompt.labels)} labels need [P, 2] coordinates, not those of shape "
+                f"{np.shape(prompt.coords)}"
+            )
 
 
 def _start_tracks(prompts: Mapping[int, Prompt], size: tuple[int, int], model: SAM2) -> list[_Track]:
@@ -197,14 +199,12 @@ def _to_masks(masks: list[Prompt], model: SAM2) -> Tensor:
     side = model.arch.image_size
     if stacked.shape[-2:] == (side, side):
         return stacked > 0
-    resized = F.interpolate(
-        (stacked > 0).float(), (side, side), mode="bilinear", align_corners=False, antialias=True
-    )
+    resized = F.interpolate((stacked > 0).float(), (side, side), mode="bilinear", align_corners=False, antialias=True)
     return resized >= 0.5
 
 
 def _to_points(prompts: list[PointPrompt], size: tuple[int, int], model: SAM2) -> Points:
-    """Points in pixels of a frame of `size` (H, W) as coordinates [N, P, 2] in pixels of the input and labels [N, P]."""
+    """Points on a frame of `size` (H, W) as coordinates [N, P, 2] in pixels of the input and labels [N, P]."""
     device, side = _device(model), model.arch.image_size
     scale = np.array([side / size[1], side / size[0]])
     coords = np.stack([np.asarray(prompt.coords) * scale for prompt in prompts])

@@ -160,12 +160,12 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def describe(state: Mapping[str, Tensor]) -> str:
-    """Which SAM 2 an official state dict looks like, for messages: "SAM 2.1 small"."""
+def describe(state: Mapping[str, Tensor]) -> str | None:
+    """Which SAM 2 an official state dict looks like, for messages: "SAM 2.1 small"; None where it has no trunk."""
     patch = state.get(f"{_TRUNK}patch_embed.proj.weight")
     depth = 1 + max((int(match.group(1)) for name in state if (match := _BLOCK.match(name))), default=-1)
     if patch is None or depth == 0:
-        return "not a SAM 2 model"
+        return None
     version = "2.1" if "no_obj_embed_spatial" in state else "2.0"
     for size in SIZES:
         arch = architecture(size)
@@ -192,16 +192,15 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: Arch
     shapes = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     if not (missing or extra or shapes):
         return
-    found, expected = describe(state), f"SAM {arch.version} {arch.size}"
     details = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in
                (("missing", missing), ("unexpected", extra), ("of another shape", shapes)) if names]
-    if found == expected:
-        remedy = "The file is damaged or from a modified model"
+    found, expected = describe(state), f"SAM {arch.version} {arch.size}"
+    if found is None or found == expected:
+        problem, remedy = f"does not fit {expected}", "The file is damaged, or of another or a modified model"
     else:
+        problem = f"looks like {found}, but the model is {expected}"
         remedy = "Set model.size and model.version to those of the file"
-    raise CheckpointError(
-        f"{path} looks like {found}, but the model is {expected}: tensors {', '.join(details)}. {remedy}"
-    )
+    raise CheckpointError(f"{path} {problem}: tensors {', '.join(details)}. {remedy}")
 
 
 def save_checkpoint(model_or_state: nn.Module | Mapping[str, Tensor], path: str | os.PathLike) -> None:

@@ -143,12 +143,13 @@ def sample_box(masks: Tensor, noise: float, bound: float) -> Points:
 def coarse_mask(masks: Tensor, noise: float, bound: float, max_radius: int = 4) -> Tensor:
     """A sloppy drawing of each mask as a mask prompt: details lost or gaps filled, and shifted.
 
-    Each object is opened or closed (morphology) with a radius of 0 to `max_radius` low-resolution pixels, then shifted
-    like a corner of `sample_box`. An object that opening would erase keeps its shape.
+    Each object is opened or closed (morphology) with a random radius, then shifted like a corner of `sample_box`. An
+    object that opening would erase keeps its shape.
 
     Args:
         masks: bool [N, H, W].
-        noise: largest shift as a share of the width or height of the object.
+        noise: largest shift as a share of the width or height of the object, and largest radius as a share of the
+            square root of its area; 0 only lowers the resolution.
         bound: largest shift in pixels of the mask.
         max_radius: largest radius in pixels of the prompt.
 
@@ -159,7 +160,8 @@ def coarse_mask(masks: Tensor, noise: float, bound: float, max_radius: int = 4) 
     share = F.avg_pool2d(masks[:, None].float(), MASK_PROMPT_STRIDE)
     small = share >= share.flatten(1).amax(1).clamp(1e-6, 0.5).view(shape)  # also objects smaller than half a pixel
     opening = torch.rand(shape, device=masks.device) < 0.5
-    radius = torch.randint(max_radius + 1, shape, device=masks.device)
+    limit = (noise * small.flatten(1).sum(1).sqrt()).clamp(max=max_radius).view(shape)
+    radius = (torch.rand(shape, device=masks.device) * limit).round()
     # Opening is the closing of the complement.
     changed = _close((small ^ opening).float(), radius, max_radius) > 0.5
     changed = changed ^ opening

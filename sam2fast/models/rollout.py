@@ -22,6 +22,7 @@ from .sam2 import SAM2, MaskOutput
 if TYPE_CHECKING:
     from sam2fast.data.sample import Batch
 
+
 @dataclass
 class FrameOutput:
     """All predictions of one frame, N objects."""
@@ -52,7 +53,7 @@ def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: boo
     """
     num_frames = batch.num_frames
     assert plan.num_frames == num_frames, f"plan for {plan.num_frames} frames, batch of {num_frames}"
-    images = model.encode_images(model.normalize(batch.frames.flatten(0, 1)))  # B * T images
+    images = model.encode_images(batch.frames.flatten(0, 1))  # B * T images
     memories: list[FrameMemory] = []
     outputs: dict[int, FrameOutput] = {}
     for position, frame in enumerate(plan.order):

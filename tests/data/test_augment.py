@@ -54,11 +54,12 @@ def test_plain_geometry_is_a_resize():
 
 
 def test_shrinking_averages_areas():
-    image = np.zeros((SIDE * 4, SIDE, 3), np.uint8)
-    image[::4] = 200  # every 4th row: sampling sees 0 or 200, the area average is 50
-    assert (plain_geometry(image.shape[:2], SIDE).image(image) == 50).all()
-    warped = draw_geometry(AugmentConfig(**{**OFF, "shear": 1e-9}), image.shape[:2], SIDE, np.random.default_rng(0))
-    assert warped.matrix is not None and abs(warped.image(image)[4:-4, 4:-4].astype(int) - 50).max() <= 1
+    rows = np.zeros((SIDE * 4, SIDE, 3), np.uint8)
+    rows[::4] = 200  # every 4th row: sampling sees 0 or 200, the area average is 50
+    for image in (rows, rows.transpose(1, 0, 2)):
+        assert (plain_geometry(image.shape[:2], SIDE).image(image) == 50).all()
+        warped = draw(0, image.shape[:2], shear=1e-9).image(image)
+        assert abs(warped[4:-4, 4:-4].astype(int) - 50).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(60, 80), (240, 80), (300, 400)])
@@ -78,6 +79,18 @@ def test_rotation_turns_about_the_center_at_the_aspect_of_the_image():
         assert abs(np.hypot(x, y) - 20.5) < 0.8
         angles.append(np.rad2deg(np.arctan2(y, x)))
     assert -42 < min(angles) < -10 and 10 < max(angles) < 42
+
+
+def test_shear_shifts_rows_in_proportion_to_their_height():
+    mask = disk(80, 80, 20, 40, 6) | disk(80, 80, 60, 40, 6)
+    shifts = []
+    for seed in range(12):
+        moved = draw(seed, (80, 80), shear=25.0).mask(mask)
+        above, below = (np.nonzero(half)[1].mean() - SIDE / 2 for half in (moved[: SIDE // 2], moved[SIDE // 2 :]))
+        assert abs(above + below) < 1.5
+        shifts.append(below * 80 / SIDE)
+    limit = 20 * np.tan(np.deg2rad(25))
+    assert -limit - 1 < min(shifts) < -2 and 2 < max(shifts) < limit + 1
 
 
 def test_scale_crops_or_pads_at_random_places():

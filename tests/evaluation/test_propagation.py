@@ -157,8 +157,12 @@ def test_non_overlap_gives_each_pixel_to_one_object(model):
 
 def test_the_model_trains_after_tracking(model):
     track(model, video(3), {1: (0, box(8, 8, 30, 40))})
-    batch = Batch(torch.zeros(1, 3, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(3, 1, SIZE, SIZE, dtype=torch.bool),
-                  torch.tensor([0]), ["a"])
+    batch = Batch(
+        torch.zeros(1, 3, 3, SIZE, SIZE, dtype=torch.uint8),
+        torch.zeros(3, 1, SIZE, SIZE, dtype=torch.bool),
+        torch.tensor([0]),
+        ["a"],
+    )
     batch.masks[:, :, 10:30, 10:30] = True
     model.train()
     model(batch, RolloutPlan(3, "mask", (0,))).frames[2].steps[0].low_res.sum().backward()

@@ -12,7 +12,7 @@ import torch
 
 from sam2fast.evaluation.propagation import PointPrompt, propagate
 from sam2fast.models.architecture import architecture
-from sam2fast.models.official import save_checkpoint
+from sam2fast.models.official import from_official, save_checkpoint, to_official
 from sam2fast.models.sam2 import SAM2
 
 pytest.importorskip("sam2")
@@ -50,6 +50,32 @@ def picture(seed: int) -> np.ndarray:
 
 def as_points(clicks: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(clicks[0])[None], torch.from_numpy(clicks[1])[None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "size", "version"),
+    [
+        ("sam2/sam2_hiera_t", "tiny", "2.0"),
+        ("sam2.1/sam2.1_hiera_b+", "base_plus", "2.1"),
+        ("sam2.1/sam2.1_hiera_l", "large", "2.1"),
+    ],
+)
+def test_image_encoder_of_every_size_agrees(config, size, version):
+    from sam2.build_sam import build_sam2
+
+    side = 96  # windows of 7 and 14 are padded
+    theirs = build_sam2(f"configs/{config}.yaml", device="cpu", hydra_overrides_extra=[f"++model.image_size={side}"])
+    torch.nn.init.normal_(theirs.image_encoder.trunk.pos_embed)  # zeros otherwise
+    torch.nn.init.normal_(theirs.image_encoder.trunk.pos_embed_window)
+    with torch.device("meta"):
+        model = SAM2(architecture(size, version, image_size=side)).eval()
+    assert list(theirs.state_dict()) == list(to_official(model.state_dict()))
+    model.load_state_dict(from_official(theirs.state_dict()), assign=True)
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    features = model.encode_images(images)
+    for got, want in zip((*features.high_res, features.top), theirs.forward_image(images)["backbone_fpn"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def test_box_of_an_absent_object_stays_in_the_image():
 
 
 def test_coarse_mask_is_near_the_mask_but_not_the_mask():
-    truth = rectangle(128, 20, 20, 90, 100)
+    truth = rectangle(128, 20, 20, 92, 100)
     truth[:, 52:56] = False  # a gap that closing fills
     logits = coarse_mask(truth.expand(200, -1, -1), noise=0.1, bound=20)
     assert logits.shape == (200, 1, 32, 32) and set(logits.unique().tolist()) == {-10, 10}
@@ -114,6 +114,10 @@ def test_coarse_mask_is_near_the_mask_but_not_the_mask():
     overlap = (drawn & small).sum((1, 2)) / (drawn | small).sum((1, 2))
     assert overlap.min() > 0.5 and overlap.max() > 0.85
     assert len(drawn.flatten(1).unique(dim=0)) > 20
+    filled = drawn[:, 8:20, 14].all(1)  # down the middle of the object
+    assert 0.1 < filled.float().mean() < 0.9
+    exact = coarse_mask(truth, noise=0, bound=20)[:, 0] > 0
+    assert torch.equal(exact, small)
 
 
 def test_coarse_mask_keeps_small_objects_and_empty_masks():

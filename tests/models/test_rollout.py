@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam2fast.data.sample import Batch
 from sam2fast.models.architecture import architecture
@@ -41,7 +43,7 @@ def make_batch(num_frames: int) -> Batch:
     return Batch(frames, masks, torch.tensor([0, 0, 1]), ["a", "b"])
 
 
-def points_plan(num_frames: int, init: tuple[int, ...] = (0,), correct: tuple[int, ...] = (0,), **options) -> RolloutPlan:
+def points_plan(num_frames: int, init=(0,), correct=(0,), **options) -> RolloutPlan:
     options = {"box": (False,) * len(init), "click_from_gt": ((False, False),) * len(correct)} | options
     return RolloutPlan(num_frames, "point", init, correct, **options)
 
@@ -79,7 +81,7 @@ def test_points_and_corrections(model):
     # Up to one point is ambiguous: three candidates.
     assert [[step.ious.shape[1] for step in frame.steps] for frame in output.frames] == [[3, 1, 1], [3], [3, 3, 1]]
     for frame in output.frames:
-        for (before, points), previous in zip(zip(frame.points, frame.points[1:]), frame.steps, strict=False):
+        for (before, points), previous in zip(pairwise(frame.points), frame.steps, strict=False):
             if before is not None:
                 assert torch.equal(points[0][:, :-1], before[0]) and torch.equal(points[1][:, :-1], before[1])
             full = torch.nn.functional.interpolate(previous.best.detach(), (SIZE, SIZE), mode="bilinear")[:, 0] > 0
@@ -94,8 +96,8 @@ def test_points_and_corrections(model):
 
 
 def test_box_prompts(model):
-    output = rollout(model, make_batch(2), points_plan(2, init=(0, 1), correct=(0, 1), box=(True, False), box_noise=0.0))
-    boxed, clicked = output.frames
+    plan = points_plan(2, init=(0, 1), correct=(0, 1), box=(True, False), box_noise=0.0)
+    boxed, clicked = rollout(model, make_batch(2), plan).frames
     assert boxed.points[0][0][0].tolist() == [[10, 8], [39, 29]] and boxed.points[0][1][0].tolist() == [2, 3]
     assert boxed.steps[0].ious.shape[1] == 1 and boxed.points[2][1].shape[1] == 4
     assert clicked.steps[0].ious.shape[1] == 3
@@ -195,3 +197,37 @@ def test_the_generator_of_torch_decides_the_clicks(model):
         runs.append([p[0] for frame in model(batch, plan).frames for p in frame.points if p is not None])
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+
+
+class HostReads(TorchDispatchMode):
+    """Names of the operators after which the host would wait for a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or any(name in str(func) for name in self.WAITING):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        points_plan(2, correct=(0, 1), click_from_gt=((False, True), (False,)), first_click="center"),
+        points_plan(2, box=(True,)),
+        RolloutPlan(2, "mask", (0,)),
+        RolloutPlan(1, "coarse_mask", (0,), (0,), click_from_gt=((False,),)),
+    ],
+)
+def test_the_host_never_waits_for_a_value(model, plan):
+    with HostReads() as reads:
+        rollout(model, make_batch(plan.num_frames), plan)
+    assert reads.seen == []
+    with HostReads() as reads:
+        torch.ones(2)[torch.tensor([True, False])].sum().item()
+    assert len(reads.seen) >= 2  # the test can fail

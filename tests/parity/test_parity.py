@@ -101,6 +101,8 @@ def test_check_notices_every_value_that_is_off(oracle, simulated, case):
         ("parts", ("center_point", "points")),
         ("parts", ("mask_to_box",)),
         ("parts", ("cosine", 3, 1)),
+        ("parts", ("mixed_loader", "order", 3)),
+        ("parts", ("repeat_factor", 1, 2)),
         ("groups", ("t", "lr_wd", "image_encoder.trunk.pos_embed", 0)),
         ("groups", ("t", "keys", 5)),
         ("groups", ("t", "n_params")),
@@ -156,6 +158,7 @@ def test_report_judges_by_the_noise_floor():
     report.compare("nan", [float("nan"), 1.0], [1.0, 1.0], floor)
     report.compare("shape", torch.zeros(2), torch.zeros(3), floor)
     report.compare("names", {"a": 1}, {"b": 1}, floor)
+    report.compare("order", {"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}, floor)
     report.equal("sets", {"a", "b"}, {"b", "c"})
     report.equal("lists", [1, 2], [1, 2])
     assert [row.quantity for row in report.failures] == ["beyond", "nan", "shape", "names", "sets"]
@@ -179,7 +182,17 @@ def test_exit_status(oracle, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"not a torch file", [1, 2], {"other": {}}, {"step": {}, "other": {}}, {"step": {"a": 3}}]
+    "content",
+    [
+        None,
+        b"",
+        b"not a torch file",
+        [1, 2],
+        {"other": {}},
+        {"step": {}, "other": {}},
+        {"step": {}},
+        {"step": {"a": 3}},
+    ],
 )
 def test_files_of_another_structure(tmp_path, capsys, content):
     path = tmp_path / "file.pt"

@@ -1,8 +1,8 @@
 """What the sections of a parity check share: access to the file, noise floors and the table of comparisons.
 
 Each module of this package is named after a section of the file and has `check(data, report)`, which computes our
-values and enters one row into the report for every comparison. `data["missing"]` raises an `OracleError` that names the
-path.
+values and enters one row into the report for every comparison; several modules share the section `parts` and name the
+entries they know in CASES. `data["missing"]` raises an `OracleError` that names the path.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Report:
             if ours[name].shape != expected.shape:
                 self._differ(quantity, f"{name} {tuple(ours[name].shape)} instead of {tuple(expected.shape)}", floor)
                 return
-        value, expected = (torch.cat([leaf.reshape(-1) for leaf in leaves.values()]) for leaves in (ours, reference))
+        value, expected = (torch.cat([leaves[name].reshape(-1) for name in reference]) for leaves in (ours, reference))
         error, size = (value - expected).abs(), expected.abs()
         error[value == expected] = 0  # also equal infinities
         floors = torch.where(error == 0, error, error / (floor.absolute + floor.relative * size))
