@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What is trained. Sizes T, S, B+ and L are the official ones; `micro` is a Hiera of 0.3 M parameters for CPU runs."""
+    """What is trained. Sizes T, S, B+ and L are the official ones; `micro` has a trunk of 0.3 M parameters, for CPU runs."""
 
     size: Literal["micro", "tiny", "small", "base_plus", "large"] = "tiny"
     version: Literal["2.0", "2.1"] = "2.1"
@@ -42,6 +42,11 @@ class ModelConfig(Section):
     """Official SAM 2 / 2.1 checkpoint to start from; empty starts from random weights."""
     drop_path: Probability = 0.1
     memory_dropout: Probability = 0.1
+    multimask_tracking: bool = True
+    """Tracked frames predict three candidate masks, as official; false predicts one, which a model trained from random weights
+    learns sooner (the official code then needs multimask_output_for_tracking=false)."""
+    local_memory_init: bool = False
+    """Random weights whose memory attention looks at the same place of other frames from the start (off: as official)."""
 
     @field_validator("image_size")
     @classmethod
@@ -49,6 +54,12 @@ class ModelConfig(Section):
         if value % 32:
             raise ValueError(f"must be a multiple of 32; nearest: {max(32, round(value / 32) * 32)}")
         return value
+
+    @model_validator(mode="after")
+    def _initialized_once(self) -> ModelConfig:
+        if self.local_memory_init and self.checkpoint:
+            raise ValueError("local_memory_init is for random weights and cannot be used with checkpoint; remove one of them")
+        return self
 
 
 class DatasetConfig(Section):

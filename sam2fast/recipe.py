@@ -72,8 +72,11 @@ def run(config: Config, ranks: Ranks) -> Path:
 def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
     """The model of a run with weights from an official checkpoint, or seeded random ones."""
     torch.manual_seed(config.seed)
-    model = SAM2(architecture(config.model.size, config.model.version, config.model.image_size, drop_path=config.model.drop_path,
-                              memory_dropout=config.model.memory_dropout))
+    settings = config.model
+    model = SAM2(architecture(settings.size, settings.version, settings.image_size, drop_path=settings.drop_path,
+                              memory_dropout=settings.memory_dropout, multimask_tracking=settings.multimask_tracking))
+    if settings.local_memory_init:
+        model.memory_attention.attend_locally()
     if weights:
         load_checkpoint(model, weights)
     return model

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sam2fast.config import UserError
 from sam2fast.models.memory_bank import FrameMemory
-from sam2fast.models.prompts import Points, is_ambiguous
+from sam2fast.models.prompts import Points
 from sam2fast.models.sam2 import SAM2, ImageFeatures, MaskOutput
 
 
@@ -135,8 +135,10 @@ class _Track:
             return self.model.mask_as_output(features, self.masks)
         conditioned = self.model.condition_on_memory(features.top, self.memories, frame, num_frames, initial=prompted)
         points = self.points if prompted else None
-        multimask = is_ambiguous(points)
-        return self.model.predict_masks(conditioned, features.high_res, points, None, multimask, stable=True)
+        multimask = self.model.wants_candidates(points, initial=prompted)
+        # The rule for unstable masks falls back to the candidates, which nobody trained on tracked frames if tracking has one.
+        stable = prompted or self.model.arch.multimask_tracking
+        return self.model.predict_masks(conditioned, features.high_res, points, None, multimask, stable=stable)
 
     def _forget(self, frame: int, num_frames: int) -> None:
         """Drop what no frame after `frame` can attend to: old memories, then also their pointers."""

@@ -43,6 +43,8 @@ class Architecture:
     mask_scale: float = 20.0
     mask_bias: float = -10.0
     """The memory encoder sees sigmoid(logits) * mask_scale + mask_bias."""
+    multimask_tracking: bool = True
+    """Frames that are tracked without a prompt predict three candidate masks, else one."""
     max_conditioning_frames: int | None = None
     """Most conditioning frames attended to (the closest in time); None is no limit."""
 

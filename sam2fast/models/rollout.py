@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .memory_bank import FrameMemory
 from .plan import RolloutPlan
-from .prompts import Points, coarse_mask, is_ambiguous, sample_box, sample_click
+from .prompts import Points, coarse_mask, sample_box, sample_click
 from .sam2 import SAM2, MaskOutput
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _simulate_user(
             points = plan.injected[frame][number]
         elif number > 0:
             points = _add_click(points, truth, None if corrections[number - 1] else mask_prompt)
-        steps.append(model.predict_masks(conditioned, high_res, points, mask_prompt, is_ambiguous(points)))
+        multimask = model.wants_candidates(points, frame in plan.init_frames)
+        steps.append(model.predict_masks(conditioned, high_res, points, mask_prompt, multimask))
         seen.append(points)
     return steps, seen
 

@@ -19,6 +19,7 @@ from .memory_bank import FrameMemory, select_memories
 from .memory_encoder import MemoryEncoder
 from .position import TableCache, sine_encoding_1d, sine_encoding_2d
 from .prompt_encoder import PromptEncoder
+from .prompts import Points, is_ambiguous
 
 if TYPE_CHECKING:
     from ..data.sample import Batch
@@ -105,6 +106,10 @@ class SAM2(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the parameters, whatever autocast does."""
         return self.no_obj_ptr.weight.dtype
+
+    def wants_candidates(self, points: Points | None, initial: bool) -> bool:
+        """Whether a frame with these points (initially prompted or tracked) gets three candidate masks rather than one."""
+        return is_ambiguous(points) and (initial or self.arch.multimask_tracking)
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 frames [..., 3, H, W] to float32, normalized; floats are taken as normalized already."""
