@@ -1,6 +1,7 @@
 """The state of a run on disk: written whole or not at all, and found again by the same command.
 
-A run folder holds checkpoints/step_XXXXXXXX/ with the engine's files and state.json. A checkpoint is written under a temporary
+A run folder holds checkpoints/step_XXXXXXXX/ with the engine's files and state.json. A checkpoint is written under a
+temporary
 name and renamed when every rank has finished, so a folder with a final name is complete.
 """
 
@@ -61,8 +62,12 @@ class CheckpointStore:
         engine.save(partial)
         self.ranks.barrier()
         if self.ranks.main:
-            header = {"state": asdict(state), "world_size": self.ranks.world_size, "engine": type(engine).__name__,
-                      "torch": torch.__version__}
+            header = {
+                "state": asdict(state),
+                "world_size": self.ranks.world_size,
+                "engine": type(engine).__name__,
+                "torch": torch.__version__,
+            }
             (partial / "state.json").write_text(json.dumps(header, indent=1))
             _flush(partial)
             shutil.rmtree(final, ignore_errors=True)
@@ -92,11 +97,15 @@ class CheckpointStore:
         """
         header = self._header(path)
         if header["engine"] != type(engine).__name__:
-            raise ResumeError(f"{path} was written by {header['engine']} and this run uses {type(engine).__name__}; use the same launcher "
-                              "or engine.kind, or start a new output_dir")
+            raise ResumeError(
+                f"{path} was written by {header['engine']} and this run uses {type(engine).__name__}; use the "
+                "same launcher or engine.kind, or start a new output_dir"
+            )
         if header["engine"] == "DeepSpeedEngine" and header["world_size"] != self.ranks.world_size:
-            raise ResumeError(f"{path} is sharded over {header['world_size']} ranks and this run has {self.ranks.world_size}; use the same "
-                              "number, or start a new output_dir from the exported weights with model.checkpoint")
+            raise ResumeError(
+                f"{path} is sharded over {header['world_size']} ranks and this run has {self.ranks.world_size}; use "
+                "the same number, or start a new output_dir from the exported weights with model.checkpoint"
+            )
         engine.load(path)
 
     @staticmethod
@@ -104,7 +113,9 @@ class CheckpointStore:
         try:
             return json.loads((path / "state.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ResumeError(f"{path} cannot be read ({error}); delete this folder to continue from the checkpoint before it") from None
+            raise ResumeError(
+                f"{path} cannot be read ({error}); delete this folder to continue from the checkpoint before it"
+            ) from None
 
 
 def _flush(folder: Path) -> None:

@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code (2 for a user's mistake)."""
     parser = argparse.ArgumentParser(prog="sam2fast", description="Train and evaluate SAM 2.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("train", help="train in this process (use deepspeed or torchrun on sam2fast/train.py for several)")
+    sub = commands.add_parser(
+        "train", help="train in this process (use deepspeed or torchrun on sam2fast/train.py for several)"
+    )
     sub.add_argument("--config", required=True)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub = commands.add_parser("evaluate", help="score a checkpoint on the validation sets of a config")
@@ -24,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--checkpoint", required=True, help="official SAM 2 checkpoint, for example RUN/export/model.pt")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub = commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
-    sub = commands.add_parser("quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU")
+    sub = commands.add_parser(
+        "quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU"
+    )
     sub.add_argument("--folder", default="runs", help="where data and the run go")
     args, rest = parser.parse_known_args(argv)
     if args.command == "synthesize":
@@ -80,6 +84,8 @@ def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
 
 def quickstart(folder: Path) -> int:
     """Write the synthetic data and train configs/quickstart.yaml on it through the deepspeed launcher."""
+    import torch
+
     from .data.synthetic import main as synthesize
 
     config = ROOT / "configs" / "quickstart.yaml"
@@ -93,10 +99,15 @@ def quickstart(folder: Path) -> int:
         if code:
             return code
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), str(ROOT / "sam2fast" / "train.py"), "--config", str(config), f"data.root={data}",
-               f"output_dir={folder / 'quickstart'}"]
+    command = [str(launcher), str(ROOT / "sam2fast" / "train.py"), "--config", str(config), f"data.root={data}"]
+    command.append(f"output_dir={folder / 'quickstart'}")
+    environment = {**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not torch.cuda.is_available():
+        # One thread a rank: the operations of a micro model are too small to share.
+        command[1:1] = ["--num_accelerators", str(min(2, os.cpu_count() or 1))]
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     print("$ " + " ".join(command), flush=True)
-    return subprocess.call(command, env={**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"})
+    return subprocess.call(command, env=environment)
 
 
 QUICKSTART_DATA = (("images", "sa1b", 300, 1), ("videos", "sav", 60, 2), ("held_out", "video_folder", 8, 3))
@@ -118,8 +129,13 @@ def _guarded(body: Callable[[], None]) -> int:
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         return 2
     except OutOfMemoryError as error:
-        print(f"{prefix}error: out of GPU memory ({str(error).splitlines()[0]}); lower stages.*.data.*.batch_size, max_objects or frames "
-              "(accumulate keeps the effective batch), model.image_size, or use precision=bfloat16", file=sys.stderr, flush=True)
+        print(
+            f"{prefix}error: out of GPU memory ({str(error).splitlines()[0]}); lower "
+            "stages.*.data.*.batch_size, max_objects or frames "
+            "(accumulate keeps the effective batch), model.image_size, or use precision=bfloat16",
+            file=sys.stderr,
+            flush=True,
+        )
         return 3
     except KeyboardInterrupt:
         print(f"{prefix}interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The settings of a run: typed, frozen and validated. `config_file.load_config` reads them from YAML.
 
-Every field has a default except where a run cannot start without it. An unknown key, a wrong type or an impossible value is one
+Every field has a default except where a run cannot start without it. An unknown key, a wrong type or an impossible
+value is one
 `ConfigError` that names the key, the value and the remedy.
 """
 
@@ -18,7 +19,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class UserError(ValueError):
-    """A mistake of the user's or in their files. Commands print the message alone: what, the value seen and the remedy."""
+    """A mistake of the user's or in their files. Commands print the message alone: what, the value seen and the
+    remedy."""
 
 
 class ConfigError(UserError):
@@ -32,7 +34,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What is trained. Sizes T, S, B+ and L are the official ones; `micro` has a trunk of 0.3 M parameters, for CPU runs."""
+    """What is trained. Sizes T, S, B+ and L are the official ones; `micro` has a trunk of 0.3 M parameters, for CPU
+    runs."""
 
     size: Literal["micro", "tiny", "small", "base_plus", "large"] = "tiny"
     version: Literal["2.0", "2.1"] = "2.1"
@@ -43,10 +46,12 @@ class ModelConfig(Section):
     drop_path: Probability = 0.1
     memory_dropout: Probability = 0.1
     multimask_tracking: bool = True
-    """Tracked frames predict three candidate masks, as official; false predicts one, which a model trained from random weights
+    """Tracked frames predict three candidate masks, as official; false predicts one, which a model trained from random
+    weights
     learns sooner (the official code then needs multimask_output_for_tracking=false)."""
     local_memory_init: bool = False
-    """Random weights whose memory attention looks at the same place of other frames from the start (off: as official)."""
+    """Random weights whose memory attention looks at the same place of other frames from the start (off: as
+    official)."""
 
     @field_validator("image_size")
     @classmethod
@@ -58,7 +63,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _initialized_once(self) -> ModelConfig:
         if self.local_memory_init and self.checkpoint:
-            raise ValueError("local_memory_init is for random weights and cannot be used with checkpoint; remove one of them")
+            raise ValueError(
+                "local_memory_init is for random weights and cannot be used with checkpoint; remove one of them"
+            )
         return self
 
 
@@ -79,12 +86,14 @@ class DatasetConfig(Section):
 
 
 class OcclusionConfig(Section):
-    """Occlusion training: up to `max_frames` consecutive frames of a clip are hidden, so that the model must remember."""
+    """Occlusion training: up to `max_frames` consecutive frames of a clip are hidden, so that the model must
+    remember."""
 
     probability: Probability = 0.0
     max_frames: Positive = 5
     mode: Literal["blank", "cut"] = "blank"
-    """blank: the frames turn grey and the objects count as absent there; cut: the frames are taken out (a gap in time)."""
+    """blank: the frames turn grey and the objects count as absent there; cut: the frames are taken out (a gap in
+    time)."""
 
 
 class AugmentConfig(Section):
@@ -159,7 +168,8 @@ class PromptConfig(Section):
 
     video: PromptMix = PromptMix()
     image: PromptMix = PromptMix(mask=0.0, click=0.5, box=0.5)
-    """Images: a mask prompt is a coarse mask given to the prompt encoder (a mask taken as output would teach nothing)."""
+    """Images: a mask prompt is a coarse mask given to the prompt encoder (a mask taken as output would teach
+    nothing)."""
     init_frames: Positive = 2
     """Most frames of a clip prompted at the start (the first always is)."""
     random_init_frames: bool = True
@@ -229,7 +239,8 @@ class StageConfig(Section):
     mixture: Literal["alternate", "probability"] = "alternate"
     data: Annotated[tuple[MixItem, ...], Field(min_length=1)]
     freeze: tuple[str, ...] = ()
-    """Parts or glob patterns of parameter names that are not trained. Parts: encoder, prompt_encoder, mask_decoder, memory."""
+    """Parts or glob patterns of parameter names that are not trained. Parts: encoder, prompt_encoder, mask_decoder,
+    memory."""
     prompts: PromptConfig = PromptConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
@@ -239,9 +250,11 @@ class StageConfig(Section):
     def _something_to_learn(self) -> StageConfig:
         for item in self.data:
             if 1 < item.frames <= self.prompts.init_frames and self.prompts.video.mask > 0:
-                raise ValueError(f"dataset {item.dataset!r} has clips of {item.frames} frames and prompts.init_frames is "
-                                 f"{self.prompts.init_frames}: a clip whose every frame is given as a mask teaches nothing; raise frames "
-                                 "or lower init_frames")
+                raise ValueError(
+                    f"dataset {item.dataset!r} has clips of {item.frames} frames and prompts.init_frames is "
+                    f"{self.prompts.init_frames}: a clip whose every frame is given as a mask teaches nothing; raise "
+                    "frames or lower init_frames"
+                )
         return self
 
 
@@ -326,8 +339,10 @@ class Config(Section):
         wanted += [("validation.sets", item.dataset) for item in self.validation.sets]
         for where, name in wanted:
             if name not in self.data.datasets:
-                raise ValueError(f"{where} names dataset {name!r}, which data.datasets does not define"
-                                 f"{nearest(name, self.data.datasets)}")
+                raise ValueError(
+                    f"{where} names dataset {name!r}, which data.datasets does not define"
+                    f"{nearest(name, self.data.datasets)}"
+                )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, got {names}")

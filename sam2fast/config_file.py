@@ -34,7 +34,9 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
             _apply_override(tree, override)
         missing = [key for key, value in flatten(OmegaConf.to_container(tree)).items() if value == "???"]
         if missing:
-            raise ConfigError(f"{path} leaves {', '.join(missing)} for you to set; add {missing[0]}=VALUE to the command")
+            raise ConfigError(
+                f"{path} leaves {', '.join(missing)} for you to set; add {missing[0]}=VALUE to the command"
+            )
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -72,10 +74,11 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _apply_override(tree: Any, override: str) -> None:
     from omegaconf import OmegaConf
 
-    key, separator, _ = override.partition("=")
+    key, separator, text = override.partition("=")
     if not separator or not key or key.startswith("-"):
         raise ConfigError(f"cannot read override {override!r}; write key=value, for example model.size=tiny")
-    value = OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]).value
+    # kept unresolved: an override may refer to other settings, ${data.root}
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     node, parts = tree, key.split(".")
     for i, part in enumerate(parts[:-1]):
         if OmegaConf.is_list(node):

@@ -1,4 +1,5 @@
-"""A recipe is a list of stages: each starts from the weights of the one before it, and the run leaves an official checkpoint.
+"""A recipe is a list of stages: each starts from the weights of the one before it, and the run leaves an official
+checkpoint.
 
 The run folder:
 
@@ -73,8 +74,16 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
     """The model of a run with weights from an official checkpoint, or seeded random ones."""
     torch.manual_seed(config.seed)
     settings = config.model
-    model = SAM2(architecture(settings.size, settings.version, settings.image_size, drop_path=settings.drop_path,
-                              memory_dropout=settings.memory_dropout, multimask_tracking=settings.multimask_tracking))
+    model = SAM2(
+        architecture(
+            settings.size,
+            settings.version,
+            settings.image_size,
+            drop_path=settings.drop_path,
+            memory_dropout=settings.memory_dropout,
+            multimask_tracking=settings.multimask_tracking,
+        )
+    )
     if settings.local_memory_init:
         model.memory_attention.attend_locally()
     if weights:
@@ -83,40 +92,67 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
 
 
 def evaluate_checkpoint(config: Config, checkpoint: str | Path, ranks: Ranks) -> dict[str, float]:
-    """Scores of a checkpoint on the validation sets of `config`, see `evaluation.validate`; overlays go to `output_dir`."""
+    """Scores of a checkpoint on the validation sets of `config`, see `evaluation.validate`; overlays go to
+    `output_dir`."""
     if not config.validation.sets:
         raise ConfigError("the config has no validation.sets to evaluate on")
-    datasets = {entry.dataset: open_dataset(config.data.datasets[entry.dataset], entry.dataset, config.seed) for entry in config.validation.sets}
+    datasets = {
+        entry.dataset: open_dataset(config.data.datasets[entry.dataset], entry.dataset, config.seed)
+        for entry in config.validation.sets
+    }
     model = build_model(config, checkpoint).to(ranks.device).eval()
     with torch.no_grad(), autocast(config.precision, ranks.device):
         return validate(model, config.validation, datasets, ranks, Path(config.output_dir) / "evaluation")
 
 
-def _train_stage(config: Config, state: RunState, checkpoint: Path | None, datasets: dict[str, Dataset], ranks: Ranks,
-                 store: CheckpointStore, telemetry: Telemetry) -> None:
+def _train_stage(
+    config: Config,
+    state: RunState,
+    checkpoint: Path | None,
+    datasets: dict[str, Dataset],
+    ranks: Ranks,
+    store: CheckpointStore,
+    telemetry: Telemetry,
+) -> None:
     run_dir = Path(config.output_dir)
     stage = config.stages[state.stage]
     before = _stage_folder(run_dir, config, state.stage - 1) / "model.pt" if state.stage else config.model.checkpoint
     model = build_model(config, before).to(ranks.device).train()
     freeze(model, stage.freeze)
     groups = build_groups(model, stage.optim)
-    engine = build_engine(config.engine, stage.optim, ranks, model, groups, config.precision, stage.accumulate,
-                          rebuild=lambda: build_model(config))
+    engine = build_engine(
+        config.engine,
+        stage.optim,
+        ranks,
+        model,
+        groups,
+        config.precision,
+        stage.accumulate,
+        rebuild=lambda: build_model(config),
+    )
     try:
         if checkpoint is not None:
             store.load(engine, checkpoint)
-        clips = [ClipDataset(datasets[item.dataset], item, stage.augment, config.model.image_size, [config.seed, state.stage, index])
-                 for index, item in enumerate(stage.data)]
+        clips = [
+            ClipDataset(
+                datasets[item.dataset], item, stage.augment, config.model.image_size, [config.seed, state.stage, index]
+            )
+            for index, item in enumerate(stage.data)
+        ]
         guard = Guard(config.validation.patience, config.validation.forgetting)
         if state.guards:
             guard.load_state_dict(state.guards)
 
         def run_validation() -> dict[str, float]:
             with engine.evaluation() as module:
-                scores = validate(module, config.validation, datasets, ranks, run_dir / "overlays" / f"step_{state.global_step:08d}")
+                scores = validate(
+                    module, config.validation, datasets, ranks, run_dir / "overlays" / f"step_{state.global_step:08d}"
+                )
             # Where no step trains on clips, video scores are not what the stage is about.
             trains_video = any(item.frames > 1 for item in stage.data)
-            reason = guard.update(video_scores(scores, config.validation) if trains_video else {}, image_scores(scores, config.validation))
+            reason = guard.update(
+                video_scores(scores, config.validation) if trains_video else {}, image_scores(scores, config.validation)
+            )
             state.guards, state.stopped = guard.state_dict(), reason or ""
             return scores
 
@@ -130,9 +166,13 @@ def _train_stage(config: Config, state: RunState, checkpoint: Path | None, datas
         engine.close()
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
     if ranks.main:
-        _write_folder(_stage_folder(run_dir, config, state.stage - 1), lambda folder: (
-            save_checkpoint(weights, folder / "model.pt"),
-            (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))))
+        _write_folder(
+            _stage_folder(run_dir, config, state.stage - 1),
+            lambda folder: (
+                save_checkpoint(weights, folder / "model.pt"),
+                (folder / "state.json").write_text(json.dumps(asdict(state), indent=1)),
+            ),
+        )
     ranks.barrier()
 
 
@@ -151,17 +191,23 @@ def _claim(config: Config, run_dir: Path, resuming: bool) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot create output_dir {run_dir}: {error.strerror}; set output_dir to a folder that can be written") from None
+        raise ConfigError(
+            f"cannot create output_dir {run_dir}: {error.strerror}; set output_dir to a folder that can be written"
+        ) from None
     path = run_dir / "config.yaml"
     if resuming and not config.checkpoint.resume:
-        raise ConfigError(f"{run_dir} holds a run and checkpoint.resume is false; set another output_dir or delete the folder")
+        raise ConfigError(
+            f"{run_dir} holds a run and checkpoint.resume is false; set another output_dir or delete the folder"
+        )
     if resuming and path.is_file():
         old, new = flatten(load_config(path).model_dump(mode="json")), flatten(config.model_dump(mode="json"))
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         fatal = [key for key in changed if key in FIXED_KEYS or (key.startswith("stages.") and key.endswith(".name"))]
         if fatal:
             changes = ", ".join(f"{key} from {old.get(key)!r} to {new.get(key)!r}" for key in fatal)
-            raise ResumeError(f"the run in {run_dir} cannot continue with {changes}; undo the change or set another output_dir")
+            raise ResumeError(
+                f"the run in {run_dir} cannot continue with {changes}; undo the change or set another output_dir"
+            )
         if changed:
             print(f"warning: continuing with changed settings: {', '.join(changed)}")
     save_config(config, path)
@@ -190,6 +236,9 @@ def _finish(config: Config, run_dir: Path) -> None:
     from rich.console import Console
 
     weights = _stage_folder(run_dir, config, len(config.stages) - 1) / "model.pt"
-    _write_folder(run_dir / "export", lambda folder: (shutil.copyfile(weights, folder / "model.pt"), split_checkpoint(weights, folder)))
+    _write_folder(
+        run_dir / "export",
+        lambda folder: (shutil.copyfile(weights, folder / "model.pt"), split_checkpoint(weights, folder)),
+    )
     write_curves(run_dir)
     Console().print(summarize(run_dir))

@@ -1,6 +1,6 @@
 """Entry point of `deepspeed sam2fast/train.py`, `torchrun sam2fast/train.py` and `python sam2fast/train.py`.
 
-    deepspeed sam2fast/train.py --config configs/quickstart_davis.yaml data.root=PATH
+deepspeed sam2fast/train.py --config configs/quickstart_davis.yaml data.root=PATH
 """
 
 import argparse
@@ -21,20 +21,25 @@ def use_checkout() -> None:
         return  # installed: both packages are importable already
     sys.path.insert(0, str(root))
     if importlib.util.find_spec("sam2fast_kernels") is None:
-        spec = importlib.util.spec_from_file_location("sam2fast_kernels", root / "kernels" / "__init__.py",
-                                                      submodule_search_locations=[str(root / "kernels")])
+        spec = importlib.util.spec_from_file_location(
+            "sam2fast_kernels", root / "kernels" / "__init__.py", submodule_search_locations=[str(root / "kernels")]
+        )
         module = importlib.util.module_from_spec(spec)
         sys.modules["sam2fast_kernels"] = module
         spec.loader.exec_module(module)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train SAM 2: every setting is in the config or an override.")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train SAM 2: every setting is in the config or an override."
+    )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed settings; implies --deepspeed")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.size=tiny stages.0.steps=10")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example model.size=tiny stages.0.steps=10"
+    )
     args = parser.parse_intermixed_args(argv)
 
     from sam2fast.cli import train

@@ -54,8 +54,17 @@ class Telemetry:
 class StageTrainer:
     """Trains one stage from `state.step` to its end, saving, validating and logging on the way."""
 
-    def __init__(self, config: Config, state: RunState, engine: Engine, datasets: list[ClipDataset], ranks: Ranks,
-                 store: CheckpointStore, telemetry: Telemetry, validate: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        state: RunState,
+        engine: Engine,
+        datasets: list[ClipDataset],
+        ranks: Ranks,
+        store: CheckpointStore,
+        telemetry: Telemetry,
+        validate: Callable[[], dict[str, float]],
+    ) -> None:
         self.config, self.state, self.engine, self.ranks = config, state, engine, ranks
         self.stage: StageConfig = config.stages[state.stage]
         self.store, self.telemetry, self.validate = store, telemetry, validate
@@ -86,8 +95,13 @@ class StageTrainer:
             if state.global_step % log_every == 0 or ended:
                 self._check_finite()
                 elapsed, steps = time.monotonic() - interval, state.step - last_step
-                self._log({"perf/samples_per_s": samples / elapsed, "perf/data_time": data_time / steps,
-                           "perf/step_time": elapsed / steps})
+                self._log(
+                    {
+                        "perf/samples_per_s": samples / elapsed,
+                        "perf/data_time": data_time / steps,
+                        "perf/step_time": elapsed / steps,
+                    }
+                )
                 interval, data_time, samples, last_step = time.monotonic(), 0.0, 0, state.step
             every = self.config.validation.every
             if self.config.validation.sets and (ended or (every and state.global_step % every == 0)):
@@ -99,20 +113,32 @@ class StageTrainer:
         self._check_finite()
 
     def _next_batches(self) -> list[Batch]:
-        """The micro-batches of this step, all before the first forward: their objects are counted for the normalization."""
+        """The micro-batches of this step, all before the first forward: their objects are counted for the
+        normalization."""
         item = self.mixture.item(self.state.step)
         if item not in self.loaders:
             start = self.mixture.position(item, self.state.step) * self.stage.accumulate
-            self.loaders[item] = build_loader(self.datasets[item], self.stage.data[item].batch_size, rank=self.ranks.rank,
-                                              world_size=self.ranks.world_size, start=start, workers=self.config.data.workers, accumulate=self.stage.accumulate)
+            self.loaders[item] = build_loader(
+                self.datasets[item],
+                self.stage.data[item].batch_size,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                start=start,
+                workers=self.config.data.workers,
+                accumulate=self.stage.accumulate,
+            )
         return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
 
     def _step(self, batches: list[Batch]) -> None:
         state, device = self.state, self.ranks.device
-        # One plan for all micro-steps and ranks: graphs of different shape would deadlock sharded training, and N micro-steps
+        # One plan for all micro-steps and ranks: graphs of different shape would deadlock sharded training, and N
+        # micro-steps
         # then are one batch N times as large.
-        plan = draw_plan(self.stage.prompts, batches[0].num_frames,
-                         np.random.Generator(np.random.PCG64([self.config.seed, state.stage, state.step])))
+        plan = draw_plan(
+            self.stage.prompts,
+            batches[0].num_frames,
+            np.random.Generator(np.random.PCG64([self.config.seed, state.stage, state.step])),
+        )
         objects = self.ranks.sum(torch.tensor(float(sum(batch.num_objects for batch in batches)), device=device))
         normalizer = (objects / self.ranks.world_size).clamp(min=1)
         totals: dict[str, Tensor] = {}
@@ -138,7 +164,8 @@ class StageTrainer:
         self.telemetry.meters.update({**terms, "grad_norm": result.grad_norm})
 
     def _check_finite(self) -> None:
-        """Read the flags of the steps since the last call; a step that was skipped is reported with what it was made of."""
+        """Read the flags of the steps since the last call; a step that was skipped is reported with what it was made
+        of."""
         records, self.telemetry.records = self.telemetry.records, []
         if not records:
             return
@@ -150,12 +177,17 @@ class StageTrainer:
             state.bad_steps += 1
             state.bad_streak += 1
             terms = ", ".join(f"{name} {value.item():.4g}" for name, value in record.terms.items())
-            self.telemetry.warn(f"step {record.step}: loss or gradient not finite, update skipped ({terms}; samples "
-                                f"{', '.join(record.sample_ids)})")
+            self.telemetry.warn(
+                f"step {record.step}: loss or gradient not finite, update skipped ({terms}; samples "
+                f"{', '.join(record.sample_ids)})"
+            )
             if state.bad_streak >= self.config.max_bad_steps:
-                raise TrainingError(f"{state.bad_streak} steps in a row had a loss or gradient that is not finite (the last: step "
-                                    f"{record.step}, {terms}, samples {', '.join(record.sample_ids)}); lower stages.{state.stage}.optim.lr, "
-                                    "use precision=bfloat16 or float32, or look at these samples")
+                raise TrainingError(
+                    f"{state.bad_streak} steps in a row had a loss or gradient that is not finite (the last: step "
+                    f"{record.step}, {terms}, samples {', '.join(record.sample_ids)}); lower "
+                    f"stages.{state.stage}.optim.lr, "
+                    "use precision=bfloat16 or float32, or look at these samples"
+                )
 
     def _log(self, perf: dict[str, float]) -> None:
         state = self.state
@@ -164,7 +196,12 @@ class StageTrainer:
         scale = learning_rate(self.stage.optim, state.step - 1, self.stage.steps)
         optim = self.stage.optim
         values = {TAGS.get(name, f"train/{name}"): value for name, value in means.items()}
-        values |= {"lr/base": optim.lr * scale, "lr/encoder": (optim.encoder_lr or optim.lr) * scale, **perf, **self.telemetry.gpu()}
+        values |= {
+            "lr/base": optim.lr * scale,
+            "lr/encoder": (optim.encoder_lr or optim.lr) * scale,
+            **perf,
+            **self.telemetry.gpu(),
+        }
         values["train/bad_steps"] = float(state.bad_steps)
         self.telemetry.log.scalars(state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.update(state.global_step, self.stage.name, values)
@@ -172,10 +209,24 @@ class StageTrainer:
     def _validate(self) -> None:
         values = self.validate()
         self.telemetry.log.scalars(self.state.global_step, values, stage=self.stage.name)
-        self.telemetry.progress.message("  ".join([f"validation at step {self.state.global_step}:",
-                                                   *(f"{tag} {value:.2f}" for tag, value in values.items())]))
+        self.telemetry.progress.message(
+            "  ".join(
+                [
+                    f"validation at step {self.state.global_step}:",
+                    *(f"{tag} {value:.2f}" for tag, value in values.items()),
+                ]
+            )
+        )
 
 
-TAGS = {"total": "train/loss", "mask": "train/mask_loss", "focal": "train/focal_loss", "dice": "train/dice_loss", "iou": "train/iou_loss",
-        "temporal": "train/temporal_loss", "object_score": "train/object_score_loss", "grad_norm": "train/grad_norm"}
+TAGS = {
+    "total": "train/loss",
+    "mask": "train/mask_loss",
+    "focal": "train/focal_loss",
+    "dice": "train/dice_loss",
+    "iou": "train/iou_loss",
+    "temporal": "train/temporal_loss",
+    "object_score": "train/object_score_loss",
+    "grad_norm": "train/grad_norm",
+}
 """Loss terms to TensorBoard tags."""

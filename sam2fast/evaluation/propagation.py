@@ -136,7 +136,8 @@ class _Track:
         conditioned = self.model.condition_on_memory(features.top, self.memories, frame, num_frames, initial=prompted)
         points = self.points if prompted else None
         multimask = self.model.wants_candidates(points, initial=prompted)
-        # The rule for unstable masks falls back to the candidates, which nobody trained on tracked frames if tracking has one.
+        # The rule for unstable masks falls back to the candidates, which nobody trained on tracked frames if tracking
+        # has one.
         stable = prompted or self.model.arch.multimask_tracking
         return self.model.predict_masks(conditioned, features.high_res, points, None, multimask, stable=stable)
 

@@ -1,4 +1,5 @@
-"""Validation while training: every set of the config is scored on all ranks together, and the guards look at the scores."""
+"""Validation while training: every set of the config is scored on all ranks together, and the guards look at the
+scores."""
 
 from __future__ import annotations
 
@@ -14,9 +15,16 @@ from .coco import ImageResult, evaluate_images
 from .overlays import OverlayWriter
 from .vos import VosResult, evaluate_vos
 
-def validate(model: nn.Module, config: ValidationConfig, datasets: Mapping[str, Dataset], ranks: Ranks,
-             overlays: Path | None = None) -> dict[str, float]:
-    """Scores by TensorBoard tag, in points: `val/TAG` and `val/TAG_baseline` (copy the first mask) for videos, `val/TAG_map` and `val/TAG_miou` for images.
+
+def validate(
+    model: nn.Module,
+    config: ValidationConfig,
+    datasets: Mapping[str, Dataset],
+    ranks: Ranks,
+    overlays: Path | None = None,
+) -> dict[str, float]:
+    """Scores by TensorBoard tag, in points: `val/TAG` and `val/TAG_baseline` (copy the first mask) for videos,
+    `val/TAG_map` and `val/TAG_miou` for images.
 
     Args:
         model: in eval mode with whole weights; every rank scores its share of the items.
@@ -28,13 +36,17 @@ def validate(model: nn.Module, config: ValidationConfig, datasets: Mapping[str, 
     return scores
 
 
-def _score(model: nn.Module, entry: ValidationSet, dataset: Dataset, drawn: int, ranks: Ranks, overlays: Path | None) -> dict[str, float]:
+def _score(
+    model: nn.Module, entry: ValidationSet, dataset: Dataset, drawn: int, ranks: Ranks, overlays: Path | None
+) -> dict[str, float]:
     share = {"max_items": entry.max_items, "rank": ranks.rank, "world_size": ranks.world_size}
     if entry.kind == "image":
         values = ImageResult.merge(ranks.gather(evaluate_images(model, dataset, **share))).scores()
         return {f"val/{entry.tag}_{name}": value for name, value in values.items()}
     writer = OverlayWriter(overlays / entry.tag, drawn) if overlays and drawn else None
-    values = VosResult.merge(ranks.gather(evaluate_vos(model, dataset, max_frames=entry.max_frames, save=writer, **share))).scores()
+    values = VosResult.merge(
+        ranks.gather(evaluate_vos(model, dataset, max_frames=entry.max_frames, save=writer, **share))
+    ).scores()
     return {f"val/{entry.tag}": values["jf"], f"val/{entry.tag}{BASELINE_SUFFIX}": values["copy_jf"]}
 
 

@@ -77,12 +77,14 @@ class MemoryAttention(nn.Module):
     def attend_locally(self, strength: float = 4.0, share: float = 0.25) -> None:
         """Start cross-attention at the same place of the memory, where the object most likely still is.
 
-        Random projections give no place a preference, and learning one takes long. Equal biases b of queries and keys add
+        Random projections give no place a preference, and learning one takes long. Equal biases b of queries and keys
+        add
         sum_p b^2 cos(d theta_p) / sqrt(dim) to the score of two tokens at distance d, a peak at d = 0.
 
         Args:
             strength: b, on the first entry of each chosen pair.
-            share: of each axis' channel pairs that get it, the fastest turning first: slow ones hardly fall with distance.
+            share: of each axis' channel pairs that get it, the fastest turning first: slow ones hardly fall with
+            distance.
         """
         half = self.dim // 2  # channels of an axis
         chosen = torch.arange(0, int(share * half), 2)

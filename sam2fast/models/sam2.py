@@ -108,7 +108,8 @@ class SAM2(nn.Module):
         return self.no_obj_ptr.weight.dtype
 
     def wants_candidates(self, points: Points | None, initial: bool) -> bool:
-        """Whether a frame with these points (initially prompted or tracked) gets three candidate masks rather than one."""
+        """Whether a frame with these points (initially prompted or tracked) gets three candidate masks rather than
+        one."""
         return is_ambiguous(points) and (initial or self.arch.multimask_tracking)
 
     def normalize(self, frames: Tensor) -> Tensor:

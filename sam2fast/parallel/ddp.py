@@ -21,8 +21,8 @@ BUCKET_BYTES = 25 * 2**20
 class TorchEngine:
     """Whole weights on every rank; gradients are averaged after the last micro-step.
 
-    Which parameters a batch reaches depends on its kind, and the kind is equal on all ranks, so no unused-parameter search is
-    needed: a gradient is missing on every rank or on none.
+    Which parameters a batch reaches depends on its kind, and the kind is equal on all ranks, so no unused-parameter
+    search is needed: a gradient is missing on every rank or on none.
     """
 
     def __init__(self, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict], precision: str) -> None:
@@ -67,8 +67,14 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         if self.ranks.main:
-            torch.save({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                        "scaler": self.scaler.state_dict()}, folder / "torch.pt")
+            torch.save(
+                {
+                    "module": self.module.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                },
+                folder / "torch.pt",
+            )
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "torch.pt", map_location=self.ranks.device, weights_only=True)

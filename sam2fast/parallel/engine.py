@@ -56,8 +56,16 @@ class Engine(Protocol):
         """Release hooks and communicators before the process group goes."""
 
 
-def build_engine(config: EngineConfig, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict],
-                 precision: str, accumulate: int, rebuild: Callable[[], nn.Module]) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    optim: OptimConfig,
+    ranks: Ranks,
+    module: nn.Module,
+    groups: list[dict],
+    precision: str,
+    accumulate: int,
+    rebuild: Callable[[], nn.Module],
+) -> Engine:
     """Wrap `module` and its optimizer groups in the engine that `config` chooses.
 
     Args:
@@ -69,8 +77,10 @@ def build_engine(config: EngineConfig, optim: OptimConfig, ranks: Ranks, module:
 
         return DeepSpeedEngine(config, optim, ranks, module, groups, precision, accumulate, rebuild)
     if config.zero_stage or config.deepspeed_config:
-        raise ConfigError("engine.kind is torch, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
-                          "set engine.kind=deepspeed")
+        raise ConfigError(
+            "engine.kind is torch, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+            "set engine.kind=deepspeed"
+        )
     from .ddp import TorchEngine
 
     return TorchEngine(optim, ranks, module, groups, precision)

@@ -21,22 +21,44 @@ from .mesh import Ranks
 
 DEFAULT_STAGE = 1
 """States are a small part of SAM 2's memory, and stage 1 shards what is worth sharding without re-gathering weights."""
-OWNED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-              "optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast")
+OWNED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "amp",
+    "torch_autocast",
+)
 """Entries of a DeepSpeed file that this project sets from its own config, where they can be validated."""
 
 
 class DeepSpeedEngine:
-    """Weights stay float32 and autocast runs inside the module, as in the torch engine, so that both give the same losses."""
+    """Weights stay float32 and autocast runs inside the module, as in the torch engine, so that both give the same
+    losses."""
 
-    def __init__(self, config: EngineConfig, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict],
-                 precision: str, accumulate: int, rebuild: Callable[[], nn.Module]) -> None:
-        deepspeed = _import_deepspeed(ranks.device.type)
+    def __init__(
+        self,
+        config: EngineConfig,
+        optim: OptimConfig,
+        ranks: Ranks,
+        module: nn.Module,
+        groups: list[dict],
+        precision: str,
+        accumulate: int,
+        rebuild: Callable[[], nn.Module],
+    ) -> None:
         settings = deepspeed_settings(config, optim, accumulate)
         self.stage = settings["zero_optimization"]["stage"]
         if optim.missing_grad == "skip" and self.stage > 0:
-            raise ConfigError(f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
-                              "parameter; set optim.missing_grad=zero, engine.zero_stage=0 or engine.kind=torch")
+            raise ConfigError(
+                f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
+                "parameter; set optim.missing_grad=zero, engine.zero_stage=0 or engine.kind=torch"
+            )
+        deepspeed = _import_deepspeed(ranks.device.type)
         self.ranks, self.rebuild = ranks, rebuild
         self.clip = optim.clip
         self.fill_missing = optim.missing_grad == "zero"
@@ -167,8 +189,10 @@ def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int
         user = _read_json(config.deepspeed_config)
         refused = [key for key in OWNED_KEYS if user.get(key) not in (None, "auto")]
         if refused:
-            raise ConfigError(f"{config.deepspeed_config} sets {', '.join(refused)}, which sam2fast takes from its own config "
-                              "(stages.*.optim, stages.*.accumulate, precision); remove these entries or set them to \"auto\"")
+            raise ConfigError(
+                f"{config.deepspeed_config} sets {', '.join(refused)}, which sam2fast takes from its own config "
+                '(stages.*.optim, stages.*.accumulate, precision); remove these entries or set them to "auto"'
+            )
         settings.update({key: copy.deepcopy(value) for key, value in user.items() if key not in OWNED_KEYS})
     if config.zero_stage is not None:
         settings["zero_optimization"] = {**settings["zero_optimization"], "stage": config.zero_stage}
@@ -182,7 +206,9 @@ def _read_json(path: str) -> dict:
     try:
         value = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}; check engine.deepspeed_config") from None
+        raise ConfigError(
+            f"cannot read the DeepSpeed config {path}: {error.strerror}; check engine.deepspeed_config"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the DeepSpeed config {path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -196,8 +222,10 @@ def _import_deepspeed(device: str) -> Any:
         import deepspeed
         from deepspeed.ops import __compatible_ops__
     except ImportError as error:
-        raise ConfigError(f"the DeepSpeed engine was chosen but deepspeed cannot be imported ({error}); "
-                          "pip install deepspeed, or set engine.kind=torch") from None
+        raise ConfigError(
+            f"the DeepSpeed engine was chosen but deepspeed cannot be imported ({error}); "
+            "pip install deepspeed, or set engine.kind=torch"
+        ) from None
     # Its shared-memory collective is compiled at the first run (a minute on a CPU) and gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -38,14 +38,24 @@ class Net(nn.Module):
 def groups_of(module: nn.Module) -> list[dict]:
     matrices = [p for p in module.parameters() if p.dim() > 1]
     vectors = [p for p in module.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "lr": 1e-2, "base_lr": 1e-2, "weight_decay": 0.1},
-            {"params": vectors, "lr": 5e-3, "base_lr": 5e-3, "weight_decay": 0.0}]
+    return [
+        {"params": matrices, "lr": 1e-2, "base_lr": 1e-2, "weight_decay": 0.1},
+        {"params": vectors, "lr": 5e-3, "base_lr": 5e-3, "weight_decay": 0.0},
+    ]
 
 
 def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
     module = Net()
-    engine = build_engine(EngineConfig(kind=kind, zero_stage=stage), OptimConfig(lr=1e-2, clip=1.0), ranks, module, groups_of(module),
-                          precision, ACCUMULATE, Net)
+    engine = build_engine(
+        EngineConfig(kind=kind, zero_stage=stage),
+        OptimConfig(lr=1e-2, clip=1.0),
+        ranks,
+        module,
+        groups_of(module),
+        precision,
+        ACCUMULATE,
+        Net,
+    )
     losses, skipped, norms, continued = [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(ranks.broadcast(name))
@@ -65,8 +75,14 @@ def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
             continued.append(train_step(engine, ranks, step)[0])
         ranks.barrier()
     engine.close()
-    return {"losses": losses, "norms": [n if math.isfinite(n) else None for n in norms], "skipped": skipped, "weights": weights,
-            "output": output, "continued": continued}
+    return {
+        "losses": losses,
+        "norms": [n if math.isfinite(n) else None for n in norms],
+        "skipped": skipped,
+        "weights": weights,
+        "output": output,
+        "continued": continued,
+    }
 
 
 def train_step(engine, ranks: Ranks, step: int):
@@ -83,7 +99,9 @@ def train_step(engine, ranks: Ranks, step: int):
 
 if __name__ == "__main__":
     ranks = setup("cpu")
-    results = {f"{kind}{'' if stage is None else stage}": run(ranks, kind, stage, sys.argv[1]) for kind, stage in ENGINES}
+    results = {
+        f"{kind}{'' if stage is None else stage}": run(ranks, kind, stage, sys.argv[1]) for kind, stage in ENGINES
+    }
     if ranks.main:
         Path(sys.argv[2]).write_text(json.dumps(results))
     teardown()

@@ -17,13 +17,21 @@ NAMES = ["torch", "deepspeed0", "deepspeed1", "deepspeed2", "deepspeed3"]
 
 def launch(tmp: Path, precision: str, ranks: int) -> dict:
     out = tmp / f"{precision}{ranks}.json"
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    )
     done = subprocess.run([*launcher, str(WORKER), precision, str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-@pytest.fixture(scope="module", params=[("float32", 1), ("float32", 2), ("float16", 1), ("bfloat16", 2)], ids=lambda p: f"{p[0]}-{p[1]}ranks")
+@pytest.fixture(
+    scope="module",
+    params=[("float32", 1), ("float32", 2), ("float16", 1), ("bfloat16", 2)],
+    ids=lambda p: f"{p[0]}-{p[1]}ranks",
+)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     precision, ranks = request.param
     found = launch(tmp_path_factory.mktemp("engines"), precision, ranks)
@@ -42,8 +50,12 @@ def test_losses_and_weights_equal_the_torch_engine(results: dict, name: str) -> 
     for a, b in zip(got["losses"], want["losses"], strict=True):
         assert math.isnan(a) == math.isnan(b) and (math.isnan(a) or abs(a - b) <= results["tolerance"] * abs(b))
     for key, value in want["weights"].items():
-        torch.testing.assert_close(torch.tensor(got["weights"][key]), torch.tensor(value), rtol=0, atol=results["tolerance"])
-    torch.testing.assert_close(torch.tensor(got["output"]), torch.tensor(want["output"]), rtol=0, atol=10 * results["tolerance"])
+        torch.testing.assert_close(
+            torch.tensor(got["weights"][key]), torch.tensor(value), rtol=0, atol=results["tolerance"]
+        )
+    torch.testing.assert_close(
+        torch.tensor(got["output"]), torch.tensor(want["output"]), rtol=0, atol=10 * results["tolerance"]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +77,9 @@ def test_two_ranks_equal_one(results: dict, reference: dict) -> None:
     if results["precision"] != "float32":
         pytest.skip("compared in float32")
     for key, value in reference["weights"].items():
-        torch.testing.assert_close(torch.tensor(results["engines"]["torch"]["weights"][key]), torch.tensor(value), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(results["engines"]["torch"]["weights"][key]), torch.tensor(value), rtol=0, atol=1e-5
+        )
 
 
 def test_the_torch_engine_is_adamw(reference: dict) -> None:

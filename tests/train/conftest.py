@@ -111,7 +111,11 @@ def command(launcher: list[str], config: Path, synthetic: Path, output: Path, *o
 
 def environment() -> dict[str, str]:
     """A user's shell: no packages on the path but the installed ones, two threads in all."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "RANK", "LOCAL_", "WORLD_", "MASTER_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "RANK", "LOCAL_", "WORLD_", "MASTER_"))
+    }
     tools = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": tools}
 
@@ -120,7 +124,9 @@ def run(arguments: list[str], cwd: Path, timeout: float = 300) -> subprocess.Com
     return subprocess.run(arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def train(launcher: list[str], config: Path, synthetic: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
+def train(
+    launcher: list[str], config: Path, synthetic: Path, output: Path, *overrides: str
+) -> subprocess.CompletedProcess:
     """Train and insist on success."""
     done = run(command(launcher, config, synthetic, output, *overrides), cwd=output.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -59,7 +59,7 @@ def shrink_mask(folder: Path) -> None:
 FOLDER = ["data.datasets.videos.format=video_folder", "data.datasets.videos.root=${data.root}/held_out"]
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
-    "missing folder": (lambda data: shutil.rmtree(data / "videos"), [], ["videos", "does not exist"]),
+    "missing folder": (lambda data: shutil.rmtree(data / "videos"), [], ["no folder at", "videos"]),
     "empty folder": (lambda data: (shutil.rmtree(data / "videos"), (data / "videos").mkdir()), [], ["videos"]),
     "unreadable mp4": (lambda data: [cut(path) for path in (data / "videos").rglob("*.mp4")], [], [".mp4"]),
     "empty json": (lambda data: [path.write_text("") for path in (data / "videos").rglob("*.json")], [], [".json"]),
@@ -74,23 +74,34 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
 
 @pytest.mark.parametrize("case", list(DAMAGE))
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_data(case: str, workers: int, data: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_damaged_data(
+    case: str, workers: int, data: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     damage, overrides, named = DAMAGE[case]
     damage(data)
-    check(exact_config, [f"data.root={data}", f"output_dir={tmp_path}/run", f"data.workers={workers}", *overrides], named, capfd)
+    check(
+        exact_config,
+        [f"data.root={data}", f"output_dir={tmp_path}/run", f"data.workers={workers}", *overrides],
+        named,
+        capfd,
+    )
 
 
-@pytest.mark.parametrize("override, named", [
-    ("model.sise=tiny", ["model.sise", "did you mean 'size'"]),
-    ("stages.0.data.0.frames=0", ["stages.0.data.0.frames", "0"]),
-    ("stages.0.optim.lr=-1", ["stages.0.optim.lr", "-1"]),
-    ("stages.0.freeze=[memori]", ["memori", "memory"]),
-    ("device=cuda", ["device", "device=cpu"]),
-    ("stages.0.optim.missing_grad=skip engine.kind=deepspeed", ["missing_grad", "zero"]),
-    ("engine.deepspeed_config=nowhere.json", ["nowhere.json"]),
-])
-def test_impossible_settings(override: str, named: list[str], synthetic: Path, exact_config: Path, tmp_path: Path,
-                             capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("model.sise=tiny", ["model.sise", "did you mean 'size'"]),
+        ("stages.0.data.0.frames=0", ["stages.0.data.0.frames", "0"]),
+        ("stages.0.optim.lr=-1", ["stages.0.optim.lr", "-1"]),
+        ("stages.0.freeze=[memori]", ["memori", "memory"]),
+        ("device=cuda", ["device", "device=cpu"]),
+        ("stages.0.optim.missing_grad=skip engine.kind=deepspeed", ["missing_grad", "zero"]),
+        ("engine.deepspeed_config=nowhere.json", ["nowhere.json"]),
+    ],
+)
+def test_impossible_settings(
+    override: str, named: list[str], synthetic: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     if override == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     check(exact_config, [f"data.root={synthetic}", f"output_dir={tmp_path}/run", *override.split()], named, capfd)
@@ -115,15 +126,24 @@ def test_wrong_checkpoints(synthetic: Path, exact_config: Path, tmp_path: Path, 
     raw = tmp_path / "raw.pkl"
     raw.write_bytes(pickle.dumps(Payload(trap)))
     base = [f"data.root={synthetic}", f"output_dir={tmp_path}/run"]
-    for path, named in ((other, ["tiny.pt", "tiny"]), (empty, ["empty.pt"]), (malicious, ["malicious.pt"]), (raw, ["raw.pkl"]),
-                        (tmp_path / "none.pt", ["none.pt"])):
+    for path, named in (
+        (other, ["tiny.pt", "tiny"]),
+        (empty, ["empty.pt"]),
+        (malicious, ["malicious.pt"]),
+        (raw, ["raw.pkl"]),
+        (tmp_path / "none.pt", ["none.pt"]),
+    ):
         check(exact_config, [*base, f"model.checkpoint={path}"], named, capfd)
     assert not trap.exists()
 
 
-def test_output_that_cannot_be_written(synthetic: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_output_that_cannot_be_written(
+    synthetic: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
-    check(exact_config, [f"data.root={synthetic}", f"output_dir={tmp_path}/file/run"], ["output_dir", "file/run"], capfd)
+    check(
+        exact_config, [f"data.root={synthetic}", f"output_dir={tmp_path}/file/run"], ["output_dir", "file/run"], capfd
+    )
 
 
 def check(config: Path, overrides: list[str], named: list[str], capfd: pytest.CaptureFixture) -> None:

@@ -34,8 +34,17 @@ def test_loss_curves_are_equal(runs: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("name", list(LAUNCHERS))
 def test_a_run_leaves_what_it_promises(runs: dict[str, Path], name: str) -> None:
     folder = runs[name]
-    for path in ("config.yaml", "export/model.pt", "export/encoder.pt", "export/decoder.pt", "export/memory.pt", "curves/losses.png",
-                 "stages/1_images/model.pt", "stages/2_video/model.pt", "stages/3_joint/model.pt"):
+    for path in (
+        "config.yaml",
+        "export/model.pt",
+        "export/encoder.pt",
+        "export/decoder.pt",
+        "export/memory.pt",
+        "curves/losses.png",
+        "stages/1_images/model.pt",
+        "stages/2_video/model.pt",
+        "stages/3_joint/model.pt",
+    ):
         assert (folder / path).is_file(), path
     assert list(folder.glob("overlays/*/davis_jf/*.png")) and list(folder.glob("overlays/*/davis_jf/*.mp4"))
     assert list(folder.glob("tensorboard/events*"))
@@ -43,8 +52,10 @@ def test_a_run_leaves_what_it_promises(runs: dict[str, Path], name: str) -> None
 
 def test_stages_train_what_they_say(runs: dict[str, Path]) -> None:
     """The image stage leaves the memory modules alone, the video stage the prompt encoder; the rest moves."""
-    states = [torch.load(runs["python"] / "stages" / stage / "model.pt", weights_only=True)["model"]
-              for stage in ("1_images", "2_video", "3_joint")]
+    states = [
+        torch.load(runs["python"] / "stages" / stage / "model.pt", weights_only=True)["model"]
+        for stage in ("1_images", "2_video", "3_joint")
+    ]
 
     def moved(before: dict, after: dict, prefix: str) -> bool:
         return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix))
@@ -53,13 +64,18 @@ def test_stages_train_what_they_say(runs: dict[str, Path]) -> None:
     assert not moved(states[0], states[1], "sam_prompt_encoder.") and moved(states[1], states[2], "sam_prompt_encoder.")
 
 
-@pytest.mark.parametrize("launcher, overrides", [
-    ([*TORCHRUN, "--nproc_per_node=2"], ["stages.0.data.0.batch_size=2"]),
-    (PYTHON, ["stages.0.data.0.batch_size=2", "stages.0.accumulate=2"]),
-    ([*DEEPSPEED, "--num_accelerators", "2"], ["stages.0.accumulate=2", "engine.zero_stage=2"]),
-], ids=["two ranks", "two micro-steps", "both, ZeRO-2"])
-def test_splitting_a_batch_changes_nothing(tmp_path: Path, exact_config: Path, synthetic: Path, launcher: list[str],
-                                           overrides: list[str]) -> None:
+@pytest.mark.parametrize(
+    "launcher, overrides",
+    [
+        ([*TORCHRUN, "--nproc_per_node=2"], ["stages.0.data.0.batch_size=2"]),
+        (PYTHON, ["stages.0.data.0.batch_size=2", "stages.0.accumulate=2"]),
+        ([*DEEPSPEED, "--num_accelerators", "2"], ["stages.0.accumulate=2", "engine.zero_stage=2"]),
+    ],
+    ids=["two ranks", "two micro-steps", "both, ZeRO-2"],
+)
+def test_splitting_a_batch_changes_nothing(
+    tmp_path: Path, exact_config: Path, synthetic: Path, launcher: list[str], overrides: list[str]
+) -> None:
     """Four clips a step in one batch, over ranks and over micro-steps; clips have different numbers of objects."""
     train(PYTHON, exact_config, synthetic, tmp_path / "whole", "stages.0.data.0.batch_size=4")
     train(launcher, exact_config, synthetic, tmp_path / "split", *overrides)

@@ -18,7 +18,9 @@ LAST_STEP = 10
 
 def kill_at(arguments: list[str], output: Path, step: int) -> None:
     """Start training and kill every process of it when `step` is in the log."""
-    process = subprocess.Popen(arguments, cwd=output.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments, cwd=output.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while not ((output / "log.jsonl").is_file() and max(losses(output), default=0) >= step):
         assert process.poll() is None and time.monotonic() < deadline, "training ended before it could be killed"
@@ -35,9 +37,14 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "export" / "model.pt", weights_only=True)["model"]
 
 
-@pytest.fixture(scope="module", params=[PYTHON, [*DEEPSPEED, "--num_accelerators", "2"], [*TORCHRUN, "--nproc_per_node=2"]],
-                ids=["python", "deepspeed-2", "torchrun-2"])
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, config: Path, synthetic: Path):
+@pytest.fixture(
+    scope="module",
+    params=[PYTHON, [*DEEPSPEED, "--num_accelerators", "2"], [*TORCHRUN, "--nproc_per_node=2"]],
+    ids=["python", "deepspeed-2", "torchrun-2"],
+)
+def uninterrupted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, config: Path, synthetic: Path
+):
     output = tmp_path_factory.mktemp("resume") / "whole"
     train(request.param, config, synthetic, output)
     return request.param, output
@@ -74,12 +81,17 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path: Path, exact_config: Pat
     assert list(losses(output)) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("override, message", [
-    ("model.image_size=96", "model.image_size from 64 to 96"),
-    ("checkpoint.resume=false", "checkpoint.resume is false"),
-    ("engine.kind=deepspeed", "engine.kind"),
-])
-def test_a_run_that_cannot_continue_says_why(tmp_path: Path, exact_config: Path, synthetic: Path, override: str, message: str) -> None:
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.image_size=96", "model.image_size from 64 to 96"),
+        ("checkpoint.resume=false", "checkpoint.resume is false"),
+        ("engine.kind=deepspeed", "engine.kind"),
+    ],
+)
+def test_a_run_that_cannot_continue_says_why(
+    tmp_path: Path, exact_config: Path, synthetic: Path, override: str, message: str
+) -> None:
     output = tmp_path / "run"
     kill_at(command(PYTHON, exact_config, synthetic, output, "checkpoint.every=1"), output, 2)
     done = run(command(PYTHON, exact_config, synthetic, output, "checkpoint.every=1", override), cwd=tmp_path)
