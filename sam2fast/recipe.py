@@ -54,7 +54,9 @@ def run(config: Config, ranks: Ranks) -> Path:
     total = sum(stage.steps for stage in config.stages)
     log = RunLog(run_dir, enabled=ranks.main, resume_step=state.global_step)
     progress = Progress(total, state.global_step, enabled=ranks.main)
-    if state.global_step:
+    if state.stage == len(config.stages):
+        progress.message(f"the run in {run_dir} is finished; set another output_dir to train again")
+    elif state.global_step:
         progress.message(f"continuing at step {state.global_step} of {total} in {run_dir}")
     telemetry = Telemetry(Meters(), log, progress, GpuStats(ranks.device), progress.message)
     try:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam2fast.config import UserError
-from sam2fast.models.memory_bank import FrameMemory
-from sam2fast.models.prompts import Points
-from sam2fast.models.sam2 import SAM2, ImageFeatures, MaskOutput
+from ..config import UserError
+from ..models.memory_bank import FrameMemory
+from ..models.prompts import Points
+from ..models.sam2 import SAM2, ImageFeatures, MaskOutput
 
 
 class PromptError(UserError):

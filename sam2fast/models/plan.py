@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from sam2fast.config import PromptConfig
-from sam2fast.models.prompts import Points
+from ..config import PromptConfig
+from .prompts import Points
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .prompts import Points, coarse_mask, sample_box, sample_click
 from .sam2 import SAM2, MaskOutput
 
 if TYPE_CHECKING:
-    from sam2fast.data.sample import Batch
+    from ..data.sample import Batch
 
 
 @dataclass
