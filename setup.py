@@ -45,8 +45,15 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         scratch = Path(self.build_temp).resolve() / "native"
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        configure = ["cmake", "-S", str(ROOT), "-B", str(scratch), f"-DTORCH_ROOT={torch_folder()}",
-                     f"-DOUTPUT_FOLDER={output}"]
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(scratch),
+            f"-DTORCH_ROOT={torch_folder()}",
+            f"-DOUTPUT_FOLDER={output}",
+        ]
         for command in (configure, ["cmake", "--build", str(scratch), "--parallel", "--clean-first"]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class RunState:
     """Wall time spent before this state, over all resumes."""
     guards: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
-    """Why training of this run stopped early; empty while it goes on."""
+    """Why the current stage ended before its last step; empty while it goes on."""
 
 
 class CheckpointStore:
@@ -65,13 +67,11 @@ class CheckpointStore:
             header = {
                 "state": asdict(state),
                 "world_size": self.ranks.world_size,
-                "engine": type(engine).__name__,
+                "layout": engine.layout,
                 "torch": torch.__version__,
             }
             (partial / "state.json").write_text(json.dumps(header, indent=1))
-            _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            _publish(partial, final)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         self.ranks.barrier()
@@ -86,41 +86,94 @@ class CheckpointStore:
         found = self.complete()
         if not found:
             return None
-        header = self._header(found[-1])
-        return found[-1], RunState(**header["state"])
+        return found[-1], RunState(**_header(found[-1])["state"])
 
     def load(self, engine: Engine, path: Path) -> None:
         """Restore weights and optimizer.
 
         Raises:
-            ResumeError: the checkpoint was written by another engine, or sharded over another number of ranks.
+            ResumeError: the checkpoint fits another engine, precision or set of trained parameters, or is damaged.
         """
-        header = self._header(path)
-        if header["engine"] != type(engine).__name__:
-            raise ResumeError(
-                f"{path} was written by {header['engine']} and this run uses {type(engine).__name__}; use the "
-                "same launcher or engine.kind, or start a new output_dir"
+        saved, wanted = _header(path)["layout"], engine.layout
+        different = [name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)]
+        if different:
+            changes = ", ".join(
+                f"{LAYOUT_NAMES.get(name, name)} {saved.get(name)} (now {wanted.get(name)})"
+                for name in sorted(different)
             )
-        if header["engine"] == "DeepSpeedEngine" and header["world_size"] != self.ranks.world_size:
             raise ResumeError(
-                f"{path} is sharded over {header['world_size']} ranks and this run has {self.ranks.world_size}; use "
-                "the same number, or start a new output_dir from the exported weights with model.checkpoint"
+                f"{path} was written with {changes}; undo the change, or start a new output_dir with "
+                "model.checkpoint set to the weights of the last finished stage"
             )
-        engine.load(path)
-
-    @staticmethod
-    def _header(path: Path) -> dict[str, Any]:
         try:
-            return json.loads((path / "state.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ResumeError(
-                f"{path} cannot be read ({error}); delete this folder to continue from the checkpoint before it"
-            ) from None
+            engine.load(path)
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+            raise _unreadable(path, error) from error
 
 
-def _flush(folder: Path) -> None:
-    """Make the files durable before the rename that declares them complete."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+LAYOUT_NAMES = {
+    "engine": "engine",
+    "zero_stage": "ZeRO stage",
+    "world_size": "number of ranks",
+    "groups": "trained parameters per group",
+}
+
+
+def write_folder(final: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder under a temporary name and rename it when it is whole."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    _publish(partial, final)
+
+
+def save_state(folder: Path, state: RunState) -> None:
+    """Write `state` beside the weights of a finished stage."""
+    (folder / "state.json").write_text(json.dumps({"state": asdict(state)}, indent=1))
+
+
+def load_state(folder: Path) -> RunState:
+    """Read what `save_state` wrote.
+
+    Raises:
+        ResumeError: the file is damaged.
+    """
+    return RunState(**_header(folder)["state"])
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ResumeError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ResumeError(
+        f"{path} cannot be read ({reason}); delete this folder to continue from what was saved before it"
+    )
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Rename a folder that is whole, durably; an older one of the same name is whole until the new one has taken its
+    place."""
+    for path in partial.rglob("*"):
+        _sync(path)
+    _sync(partial)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

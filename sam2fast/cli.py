@@ -35,12 +35,13 @@ def main(argv: list[str] | None = None) -> int:
         from .data.synthetic import main as synthesize
 
         return synthesize(rest)
-    if rest:
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(overrides) < len(rest) or (overrides and args.command == "quickstart"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "train":
-        return train(args.config, args.overrides)
+        return train(args.config, [*args.overrides, *overrides])
     if args.command == "evaluate":
-        return evaluate(args.config, args.checkpoint, args.overrides)
+        return evaluate(args.config, args.checkpoint, [*args.overrides, *overrides])
     return quickstart(Path(args.folder))
 
 
@@ -49,15 +50,11 @@ def train(config_path: str, overrides: list[str], local_rank: int | None = None)
 
     def body() -> None:
         from .config_file import load_config
-        from .parallel import setup, teardown
+        from .parallel import setup
         from .recipe import run
 
         config = load_config(config_path, overrides)
-        ranks = setup(config.device, config.engine.timeout_minutes, local_rank)
-        try:
-            run(config, ranks)
-        finally:
-            teardown()
+        run(config, setup(config.device, config.engine.timeout_minutes, local_rank))
 
     return _guarded(body)
 
@@ -67,17 +64,14 @@ def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
 
     def body() -> None:
         from .config_file import load_config
-        from .parallel import setup, teardown
+        from .parallel import setup
         from .recipe import evaluate_checkpoint
 
         config = load_config(config_path, overrides)
         ranks = setup(config.device, config.engine.timeout_minutes)
-        try:
-            scores = evaluate_checkpoint(config, checkpoint, ranks)
-        finally:
-            teardown()
-        for name, value in scores.items():
-            print(f"{name:32} {value:.4g}")
+        for name, value in evaluate_checkpoint(config, checkpoint, ranks).items():
+            if ranks.main:
+                print(f"{name:32} {value:.4g}")
 
     return _guarded(body)
 
@@ -87,6 +81,7 @@ def quickstart(folder: Path) -> int:
     import torch
 
     from .data.synthetic import main as synthesize
+    from .parallel.mesh import free_port
 
     config = ROOT / "configs" / "quickstart.yaml"
     if not config.is_file():
@@ -104,7 +99,7 @@ def quickstart(folder: Path) -> int:
     environment = {**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if not torch.cuda.is_available():
         # One thread a rank: the operations of a micro model are too small to share.
-        command[1:1] = ["--num_accelerators", str(min(2, os.cpu_count() or 1))]
+        command[1:1] = ["--num_accelerators", str(min(2, os.cpu_count() or 1)), "--master_port", str(free_port())]
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     print("$ " + " ".join(command), flush=True)
     return subprocess.call(command, env=environment)
@@ -119,24 +114,40 @@ def _guarded(body: Callable[[], None]) -> int:
     from torch import OutOfMemoryError
 
     from .config import UserError
+    from .parallel import teardown
 
-    rank = int(os.environ.get("RANK", 0))
-    prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    prefix = "" if alone else f"[rank {os.environ.get('RANK', 0)}] "
+
+    def say(text: str) -> None:
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)
+
     try:
         body()
-        return 0
+        code = 0
     except UserError as error:
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        say(f"error: {error}")
+        code = 2
     except OutOfMemoryError as error:
-        print(
-            f"{prefix}error: out of GPU memory ({str(error).splitlines()[0]}); lower "
-            "stages.*.data.*.batch_size, max_objects or frames "
-            "(accumulate keeps the effective batch), model.image_size, or use precision=bfloat16",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"error: out of GPU memory ({str(error).splitlines()[0]}); lower stages.*.data.*.batch_size, "
+            "max_objects or frames (accumulate keeps the effective batch), model.image_size, or use precision=bfloat16"
         )
-        return 3
+        code = 3
     except KeyboardInterrupt:
-        print(f"{prefix}interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
-        return 130
+        say("interrupted; the same command continues from the last checkpoint")
+        code = 130
+    except RuntimeError as error:
+        if alone or not _is_lost_peer(error):
+            raise
+        say("ends because another rank did; see its message")
+        code = 1
+    if code == 0 or alone:
+        teardown()  # with other ranks still in a collective, leaving it in order could wait for them forever
+    return code
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)

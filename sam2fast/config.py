@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""Becomes the name of a file: letters, digits, "_", "." and "-"."""
 
 
 class UserError(ValueError):
@@ -209,7 +211,7 @@ class OptimConfig(Section):
     encoder_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the image encoder; empty means `lr`."""
     weight_decay: NonNegative = 0.1
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor per trunk layer counted from the last (official fine-tuning: 0.9)."""
@@ -232,7 +234,7 @@ class OptimConfig(Section):
 class StageConfig(Section):
     """One stage of a recipe."""
 
-    name: str
+    name: Name
     steps: Positive
     accumulate: Positive = 1
     """Micro-steps an optimizer step; N micro-steps give the update of one batch N times as large."""
@@ -276,7 +278,7 @@ class ValidationSet(Section):
     """One validation set and the TensorBoard tag of its score."""
 
     dataset: str
-    tag: str
+    tag: Name
     kind: Literal["vos", "image"] = "vos"
     """vos: the first-frame mask is propagated, J&F. image: masks from prompts, COCO mask mAP and mean IoU."""
     max_items: Positive | None = None
@@ -312,13 +314,14 @@ class DataConfig(Section):
     root: str | None = None
     """Shorthand: interpolate it in the datasets as ${data.root}."""
     workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes of each rank, for each dataset that the stage reads."""
     datasets: dict[str, DatasetConfig]
 
 
 class Config(Section):
     """A whole run."""
 
-    name: str
+    name: Name
     output_dir: str = "runs/${name}"
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -346,6 +349,9 @@ class Config(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, got {names}")
+        tags = [entry.tag for entry in self.validation.sets]
+        if len(set(tags)) != len(tags):
+            raise ValueError(f"tags of validation.sets must differ, got {tags}")
         return self
 
 

@@ -12,28 +12,26 @@ The run folder:
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointStore, ResumeError, RunState
+from .checkpoint import CheckpointStore, RunState, save_state, write_folder
 from .config import Config, ConfigError
-from .config_file import flatten, load_config, save_config
 from .data.formats import open_dataset
 from .data.sample import Dataset
 from .data.sampling import ClipDataset
 from .evaluation.guards import Guard
-from .evaluation.validate import image_scores, validate, video_scores
+from .evaluation.validate import check_sets, image_scores, validate, video_scores
 from .models.architecture import architecture
 from .models.official import load_checkpoint, save_checkpoint, split_checkpoint
 from .models.sam2 import SAM2
 from .optim import build_groups, freeze
-from .parallel import Ranks, build_engine
+from .parallel import Engine, Ranks, build_engine
 from .parallel.engine import autocast
+from .run_folder import RunFolder
 from .telemetry.gpu import GpuStats
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
@@ -42,34 +40,54 @@ from .telemetry.run_log import RunLog
 from .trainer import StageTrainer, Telemetry
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What all stages of a run share."""
+
+    config: Config
+    ranks: Ranks
+    folder: RunFolder
+    store: CheckpointStore
+    datasets: dict[str, Dataset]
+    telemetry: Telemetry
+
+
 def run(config: Config, ranks: Ranks) -> Path:
-    """Train every stage that is not done yet; returns the run folder. Called on every rank."""
-    run_dir = Path(config.output_dir)
-    store = CheckpointStore(run_dir, config.checkpoint.keep, ranks)
-    state, checkpoint = _find_state(run_dir, store)
-    if ranks.main:
-        _claim(config, run_dir, resuming=state.global_step > 0)
-    ranks.barrier()
-    datasets = {name: open_dataset(entry, name, config.seed) for name, entry in config.data.datasets.items()}
+    """Train every stage that is not done yet; returns the run folder. Called on every rank.
+
+    `output_dir` must be the same folder for all ranks, also on several machines.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
+    # Rank 0 decides where to go on: a shared file system may show others an older state.
+    state, checkpoint = ranks.broadcast(ranks.agree(lambda: folder.find_state(store) if ranks.main else None))
+    ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
+    datasets = ranks.agree(lambda: _open_datasets(config))
     total = sum(stage.steps for stage in config.stages)
-    log = RunLog(run_dir, enabled=ranks.main, resume_step=state.global_step)
+    log = RunLog(folder.path, enabled=ranks.main, resume_step=state.global_step)
     progress = Progress(total, state.global_step, enabled=ranks.main)
     if state.stage == len(config.stages):
-        progress.message(f"the run in {run_dir} is finished; set another output_dir to train again")
+        progress.message(f"the run in {folder.path} is finished; set another output_dir to train again")
     elif state.global_step:
-        progress.message(f"continuing at step {state.global_step} of {total} in {run_dir}")
+        progress.message(f"continuing at step {state.global_step} of {total} in {folder.path}")
     telemetry = Telemetry(Meters(), log, progress, GpuStats(ranks.device), progress.message)
     try:
         while state.stage < len(config.stages):
-            _train_stage(config, state, checkpoint, datasets, ranks, store, telemetry)
+            _train_stage(_Run(config, ranks, folder, store, datasets, telemetry), state, checkpoint)
             checkpoint = None
     finally:
         progress.close()
         log.close()
     if ranks.main:
-        _finish(config, run_dir)
+        _finish(config, folder)
     ranks.barrier()
-    return run_dir
+    return folder.path
+
+
+def _open_datasets(config: Config) -> dict[str, Dataset]:
+    datasets = {name: open_dataset(entry, name, config.seed) for name, entry in config.data.datasets.items()}
+    check_sets(config.validation, datasets)
+    return datasets
 
 
 def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
@@ -107,140 +125,70 @@ def evaluate_checkpoint(config: Config, checkpoint: str | Path, ranks: Ranks) ->
         return validate(model, config.validation, datasets, ranks, Path(config.output_dir) / "evaluation")
 
 
-def _train_stage(
-    config: Config,
-    state: RunState,
-    checkpoint: Path | None,
-    datasets: dict[str, Dataset],
-    ranks: Ranks,
-    store: CheckpointStore,
-    telemetry: Telemetry,
-) -> None:
-    run_dir = Path(config.output_dir)
+def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
+    """Train stage `state.stage` to its end and leave its weights in the run folder."""
+    config, ranks = run.config, run.ranks
     stage = config.stages[state.stage]
-    before = _stage_folder(run_dir, config, state.stage - 1) / "model.pt" if state.stage else config.model.checkpoint
+    before = run.folder.stage(config, state.stage - 1) / "model.pt" if state.stage else config.model.checkpoint
     model = build_model(config, before).to(ranks.device).train()
     freeze(model, stage.freeze)
     groups = build_groups(model, stage.optim)
-    engine = build_engine(
-        config.engine,
-        stage.optim,
-        ranks,
-        model,
-        groups,
-        config.precision,
-        stage.accumulate,
-        rebuild=lambda: build_model(config),
-    )
+    engine = build_engine(config.engine, stage.optim, ranks, model, groups, config.precision, stage.accumulate,
+                          rebuild=lambda: build_model(config))  # fmt: skip
     try:
         if checkpoint is not None:
-            store.load(engine, checkpoint)
-        clips = [
-            ClipDataset(
-                datasets[item.dataset], item, stage.augment, config.model.image_size, [config.seed, state.stage, index]
-            )
-            for index, item in enumerate(stage.data)
-        ]
-        guard = Guard(config.validation.patience, config.validation.forgetting)
-        if state.guards:
-            guard.load_state_dict(state.guards)
-
-        def run_validation() -> dict[str, float]:
-            with engine.evaluation() as module:
-                scores = validate(
-                    module, config.validation, datasets, ranks, run_dir / "overlays" / f"step_{state.global_step:08d}"
-                )
-            # Where no step trains on clips, video scores are not what the stage is about.
-            trains_video = any(item.frames > 1 for item in stage.data)
-            reason = guard.update(
-                video_scores(scores, config.validation) if trains_video else {}, image_scores(scores, config.validation)
-            )
-            state.guards, state.stopped = guard.state_dict(), reason or ""
-            return scores
-
-        StageTrainer(config, state, engine, clips, ranks, store, telemetry, run_validation).train()
+            run.store.load(engine, checkpoint)
+        clips = []
+        for index, item in enumerate(stage.data):
+            seed = [config.seed, state.stage, index]
+            clips.append(ClipDataset(run.datasets[item.dataset], item, stage.augment, config.model.image_size, seed))
+        validation = _Validation(run, state, engine)
+        StageTrainer(config, state, engine, clips, ranks, run.store, run.telemetry, validation).train()
         if state.stopped and state.step < stage.steps:
-            telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
-        guard.restart_patience()
-        state.guards = guard.state_dict()
+            run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
         weights = engine.full_state_dict()
     finally:
         engine.close()
+    folder = run.folder.stage(config, state.stage)
+    validation.end_stage()
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
     if ranks.main:
-        _write_folder(
-            _stage_folder(run_dir, config, state.stage - 1),
-            lambda folder: (
-                save_checkpoint(weights, folder / "model.pt"),
-                (folder / "state.json").write_text(json.dumps(asdict(state), indent=1)),
-            ),
-        )
+        write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
     ranks.barrier()
 
 
-def _find_state(run_dir: Path, store: CheckpointStore) -> tuple[RunState, Path | None]:
-    """Where to go on: after the last finished stage, or inside a stage from its newest checkpoint."""
-    ended = sorted((run_dir / "stages").glob("[0-9]*/state.json"))
-    state = RunState(**json.loads(ended[-1].read_text())) if ended else RunState()
-    latest = store.latest()
-    if latest and latest[1].global_step > state.global_step:
-        return latest[1], latest[0]
-    return state, None
+class _Validation:
+    """Scores the model of a stage and asks the guards whether the stage should end."""
+
+    def __init__(self, run: _Run, state: RunState, engine: Engine) -> None:
+        self.run, self.state, self.engine = run, state, engine
+        self.guard = Guard(run.config.validation.patience, run.config.validation.forgetting)
+        if state.guards:
+            self.guard.load_state_dict(state.guards)
+
+    def __call__(self) -> dict[str, float]:
+        config, state = self.run.config, self.state
+        overlays = self.run.folder.path / "overlays" / f"step_{state.global_step:08d}"
+        with self.engine.evaluation() as module:
+            scores = validate(module, config.validation, self.run.datasets, self.run.ranks, overlays)
+        # Where no step trains on clips, video scores are not what the stage is about.
+        trains_video = any(item.frames > 1 for item in config.stages[state.stage].data)
+        video = video_scores(scores, config.validation) if trains_video else {}
+        state.stopped = self.guard.update(video, image_scores(scores, config.validation)) or ""
+        state.guards = self.guard.state_dict()
+        return scores
+
+    def end_stage(self) -> None:
+        self.guard.restart_patience()
+        self.state.guards = self.guard.state_dict()
 
 
-def _claim(config: Config, run_dir: Path, resuming: bool) -> None:
-    """Make the run folder this run's own; a folder with another run in it is refused rather than overwritten."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot create output_dir {run_dir}: {error.strerror}; set output_dir to a folder that can be written"
-        ) from None
-    path = run_dir / "config.yaml"
-    if resuming and not config.checkpoint.resume:
-        raise ConfigError(
-            f"{run_dir} holds a run and checkpoint.resume is false; set another output_dir or delete the folder"
-        )
-    if resuming and path.is_file():
-        old, new = flatten(load_config(path).model_dump(mode="json")), flatten(config.model_dump(mode="json"))
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        fatal = [key for key in changed if key in FIXED_KEYS or (key.startswith("stages.") and key.endswith(".name"))]
-        if fatal:
-            changes = ", ".join(f"{key} from {old.get(key)!r} to {new.get(key)!r}" for key in fatal)
-            raise ResumeError(
-                f"the run in {run_dir} cannot continue with {changes}; undo the change or set another output_dir"
-            )
-        if changed:
-            print(f"warning: continuing with changed settings: {', '.join(changed)}")
-    save_config(config, path)
-
-
-FIXED_KEYS = ("model.size", "model.version", "model.image_size", "seed")
-"""Settings that a run keeps for its whole life."""
-
-
-def _stage_folder(run_dir: Path, config: Config, index: int) -> Path:
-    return run_dir / "stages" / f"{index + 1}_{config.stages[index].name}"
-
-
-def _write_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under a temporary name and rename it when it is whole."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-
-
-def _finish(config: Config, run_dir: Path) -> None:
+def _finish(config: Config, folder: RunFolder) -> None:
     """Export the final weights, draw the curves and print the summary."""
     from rich.console import Console
 
-    weights = _stage_folder(run_dir, config, len(config.stages) - 1) / "model.pt"
-    _write_folder(
-        run_dir / "export",
-        lambda folder: (shutil.copyfile(weights, folder / "model.pt"), split_checkpoint(weights, folder)),
-    )
-    write_curves(run_dir)
-    Console().print(summarize(run_dir))
+    weights = folder.stage(config, len(config.stages) - 1) / "model.pt"
+    export = folder.path / "export"
+    write_folder(export, lambda path: (shutil.copyfile(weights, path / "model.pt"), split_checkpoint(weights, path)))
+    write_curves(folder.path)
+    Console().print(summarize(folder.path))

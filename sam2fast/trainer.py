@@ -1,9 +1,12 @@
-"""The loop of one stage. Nothing in a step waits for the device; numbers are read once per log interval."""
+"""The loop of one stage. Its own steps do not wait for the device: numbers are read once per log interval. (DeepSpeed's
+step does, to see whether it was applied.)"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +26,9 @@ from .parallel import Engine, Ranks, StepResult
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
 from .telemetry.run_log import RunLog
+
+SCALE_HALVINGS = 24
+"""Steps in a row that float16 may lose to a loss scale that is still too high; it starts at 2^16."""
 
 
 class TrainingError(UserError):
@@ -49,6 +55,38 @@ class Telemetry:
     gpu: Callable[[], dict[str, float]]
     warn: Callable[[str], None]
     records: list[StepRecord] = field(default_factory=list)
+
+
+class IntervalClock:
+    """Times and samples since the last log line."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._data, self._samples, self._steps = time.monotonic(), 0.0, 0, 0
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._data += time.monotonic() - began
+
+    def count(self, samples: int) -> None:
+        """A step of `samples` over all ranks is done."""
+        self._samples += samples
+        self._steps += 1
+
+    def values(self) -> dict[str, float]:
+        """Means by TensorBoard tag; starts a new interval."""
+        elapsed, steps = time.monotonic() - self._began, max(1, self._steps)
+        values = {
+            "perf/samples_per_s": self._samples / elapsed,
+            "perf/data_time": self._data / steps,
+            "perf/step_time": elapsed / steps,
+        }
+        self._restart()
+        return values
 
 
 class StageTrainer:
@@ -79,38 +117,33 @@ class StageTrainer:
         Raises:
             TrainingError: too many steps in a row had a loss or gradient that is not finite.
         """
-        state, log_every = self.state, self.config.log_every
-        started, interval, data_time, samples = time.monotonic() - state.seconds, time.monotonic(), 0.0, 0
-        last_step = state.step
-        while state.step < self.stage.steps and not state.stopped:
-            before_data = time.monotonic()
-            batches = self._next_batches()
-            data_time += time.monotonic() - before_data
-            samples += len(batches) * batches[0].frames.shape[0] * self.ranks.world_size
-            self._step(batches)
-            state.step += 1
-            state.global_step += 1
-            state.seconds = time.monotonic() - started
-            ended = state.step == self.stage.steps
-            if state.global_step % log_every == 0 or ended:
-                self._check_finite()
-                elapsed, steps = time.monotonic() - interval, state.step - last_step
-                self._log(
-                    {
-                        "perf/samples_per_s": samples / elapsed,
-                        "perf/data_time": data_time / steps,
-                        "perf/step_time": elapsed / steps,
-                    }
-                )
-                interval, data_time, samples, last_step = time.monotonic(), 0.0, 0, state.step
-            every = self.config.validation.every
-            if self.config.validation.sets and (ended or (every and state.global_step % every == 0)):
-                self._validate()
-                interval, data_time, samples, last_step = time.monotonic(), 0.0, 0, state.step
-            if not ended and state.global_step % self.config.checkpoint.every == 0:
-                self._check_finite()
-                self.store.save(self.engine, state)
-        self._check_finite()
+        state, config = self.state, self.config
+        started = time.monotonic() - state.seconds
+        clock = IntervalClock()
+        try:
+            while state.step < self.stage.steps and not state.stopped:
+                with clock.loading():
+                    batches = self._next_batches()
+                self._step(batches)
+                clock.count(len(batches) * batches[0].frames.shape[0] * self.ranks.world_size)
+                state.step += 1
+                state.global_step += 1
+                state.seconds = time.monotonic() - started
+                ended = state.step == self.stage.steps
+                saving = not ended and state.global_step % config.checkpoint.every == 0
+                # Also before a save, so that the means of a resumed run cover the same steps.
+                if ended or saving or state.global_step % config.log_every == 0:
+                    self._check_finite()
+                    self._log(clock.values())
+                every = config.validation.every
+                if config.validation.sets and (ended or (every and state.global_step % every == 0)):
+                    self._validate()
+                    clock = IntervalClock()
+                if saving:
+                    self.store.save(self.engine, state)
+        finally:
+            for loader in self.loaders.values():
+                loader.close()
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of this step, all before the first forward: their objects are counted for the
@@ -139,7 +172,8 @@ class StageTrainer:
             batches[0].num_frames,
             np.random.Generator(np.random.PCG64([self.config.seed, state.stage, state.step])),
         )
-        objects = self.ranks.sum(torch.tensor(float(sum(batch.num_objects for batch in batches)), device=device))
+        count = float(sum(batch.num_objects for batch in batches))
+        objects = self.ranks.sum(torch.full((), count, device=device))  # a fill: a copy from the host would wait
         normalizer = (objects / self.ranks.world_size).clamp(min=1)
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
@@ -150,6 +184,7 @@ class StageTrainer:
             self.engine.backward(terms["total"], boundary=micro == len(batches) - 1)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0) + value.detach()
+            del output, terms  # or they would live through the next forward
         result = self.engine.step(learning_rate(self.stage.optim, state.step, self.stage.steps))
         self._record(result, totals, batches)
 
@@ -164,30 +199,40 @@ class StageTrainer:
         self.telemetry.meters.update({**terms, "grad_norm": result.grad_norm})
 
     def _check_finite(self) -> None:
-        """Read the flags of the steps since the last call; a step that was skipped is reported with what it was made
-        of."""
+        """Read the flags of the steps since the last call; a skipped step is reported with what it was made of."""
         records, self.telemetry.records = self.telemetry.records, []
         if not records:
             return
-        state = self.state
         for record, skipped in zip(records, torch.stack([record.skipped for record in records]).tolist(), strict=True):
-            if not skipped:
-                state.bad_streak = 0
-                continue
-            state.bad_steps += 1
-            state.bad_streak += 1
-            terms = ", ".join(f"{name} {value.item():.4g}" for name, value in record.terms.items())
-            self.telemetry.warn(
-                f"step {record.step}: loss or gradient not finite, update skipped ({terms}; samples "
-                f"{', '.join(record.sample_ids)})"
+            if skipped:
+                self._report_skipped(record)
+            else:
+                self.state.bad_streak = 0
+
+    def _report_skipped(self, record: StepRecord) -> None:
+        """Every rank comes here: the flag is that of the reduced gradient."""
+        state = self.state
+        terms = {name: value.item() for name, value in record.terms.items()}
+        finite = all(math.isfinite(value) for value in terms.values())
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        text = f"{listed}; samples {', '.join(record.sample_ids)}"
+        found = self.ranks.gather((finite, text))
+        state.bad_streak += 1
+        limit = self.config.max_bad_steps
+        if self.config.precision == "float16" and all(rank_finite for rank_finite, _ in found):
+            limit += SCALE_HALVINGS  # an overflow while the loss scale finds its place
+            if state.bad_streak < limit:
+                return
+        state.bad_steps += 1
+        # Where only the gradient is not finite, every rank's samples may be the cause.
+        causes = [text for rank_finite, text in found if not rank_finite] or [text for _, text in found]
+        what = f"step {record.step}: loss or gradient not finite, update skipped ({' | '.join(causes)})"
+        self.telemetry.warn(what)
+        if state.bad_streak >= limit:
+            raise TrainingError(
+                f"{state.bad_streak} steps in a row had a loss or gradient that is not finite, the last {what}; lower "
+                f"stages.{state.stage}.optim.lr, use precision=bfloat16 or float32, or look at these samples"
             )
-            if state.bad_streak >= self.config.max_bad_steps:
-                raise TrainingError(
-                    f"{state.bad_streak} steps in a row had a loss or gradient that is not finite (the last: step "
-                    f"{record.step}, {terms}, samples {', '.join(record.sample_ids)}); lower "
-                    f"stages.{state.stage}.optim.lr, "
-                    "use precision=bfloat16 or float32, or look at these samples"
-                )
 
     def _log(self, perf: dict[str, float]) -> None:
         state = self.state

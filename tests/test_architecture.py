@@ -29,6 +29,7 @@ ALLOWED = {
     "optim": {"config", "models"},
     "evaluation": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "parallel", "models.official"},
+    "run_folder": {"config", "config_file", "checkpoint"},
     "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint"},
 }
 ALLOWED["recipe"] = {*ALLOWED, "trainer"}
@@ -134,8 +135,14 @@ def test_no_name_shadows_another_module():
 def test_model_and_engine_import_without_optional_libraries():
     """A cluster's torch image has no deepspeed, video or plotting libraries; models, losses and engines need none."""
     absent = ["deepspeed", "av", "pycocotools", "matplotlib", "transformers", "tensorboard", "pynvml", "triton"]
-    wanted = ["sam2fast_kernels", "sam2fast.models.sam2", "sam2fast.models.rollout", "sam2fast.losses",
-              "sam2fast.optim", "sam2fast.parallel"]
+    wanted = [
+        "sam2fast_kernels",
+        "sam2fast.models.sam2",
+        "sam2fast.models.rollout",
+        "sam2fast.losses",
+        "sam2fast.optim",
+        "sam2fast.parallel",
+    ]
     program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join(wanted)}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,8 +16,10 @@ def run(program: str) -> subprocess.CompletedProcess:
 
 
 def test_timm_imports_after_compat():
-    done = run("import sam2fast.compat, sys; before = 'torchvision' in sys.modules; import timm; "
-               "print(before, 'torchvision' in sys.modules)")
+    done = run(
+        "import sam2fast.compat, sys; before = 'torchvision' in sys.modules; import timm; "
+        "print(before, 'torchvision' in sys.modules)"
+    )
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 

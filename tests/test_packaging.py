@@ -14,8 +14,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("sam2fast", "kernels", "configs", "tests", "requirements", "setup.py", "pyproject.toml", "CMakeLists.txt",
-           "README.md", "LICENSE")
+SOURCES = (
+    "sam2fast",
+    "kernels",
+    "configs",
+    "tests",
+    "requirements",
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "README.md",
+    "LICENSE",
+)
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++")), reason="cmake or a C++ compiler is missing"
@@ -58,8 +68,13 @@ def install(wheel: Path, target: Path) -> None:
 
 def run_installed(target: Path, program: str) -> subprocess.CompletedProcess:
     """Run a program that sees the packages in `target` before those of the test environment, and no checkout."""
-    return subprocess.run([sys.executable, "-c", program], cwd=target, env={**os.environ, "PYTHONPATH": str(target)},
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=target,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_without_a_compiler_it_installs_and_says_what_is_slower(plain_wheel, tmp_path):
@@ -67,8 +82,10 @@ def test_without_a_compiler_it_installs_and_says_what_is_slower(plain_wheel, tmp
     assert wheel.name.endswith("-py3-none-any.whl")
     assert printed.count("compiled operators skipped: cmake is not installed") >= 1
     install(wheel, tmp_path)
-    program = ("from sam2fast_kernels import rle, library; assert not library.load_native(); "
-               "print(rle.__file__, *[rle.decode([[1, 3]], (2, 2)).sum().item() for _ in range(2)])")
+    program = (
+        "from sam2fast_kernels import rle, library; assert not library.load_native(); "
+        "print(rle.__file__, *[rle.decode([[1, 3]], (2, 2)).sum().item() for _ in range(2)])"
+    )
     done = run_installed(tmp_path, program)
     assert done.stdout.split() == [str(tmp_path / "sam2fast_kernels" / "rle" / "__init__.py"), "3", "3"], done.stderr
     assert len(re.findall("about ten times slower", done.stderr)) == 1
@@ -90,8 +107,10 @@ def test_lives_beside_the_package_named_kernels(plain_wheel, tmp_path):
     other.mkdir()
     (other / "__init__.py").write_text("def get_kernel():\n    return 'the other package'\n")
     install(plain_wheel[0], tmp_path)
-    program = ("import kernels, sam2fast, sam2fast_kernels; print(kernels.get_kernel()); "
-               "print(kernels.__file__, sam2fast.__file__, sam2fast_kernels.__file__)")
+    program = (
+        "import kernels, sam2fast, sam2fast_kernels; print(kernels.get_kernel()); "
+        "print(kernels.__file__, sam2fast.__file__, sam2fast_kernels.__file__)"
+    )
     done = run_installed(tmp_path, program)
     first, second = done.stdout.splitlines()
     assert first == "the other package"
@@ -110,8 +129,10 @@ def test_compiled_library_is_built_and_found(tmp_path):
     wheel, _ = build_wheel(tmp_path / "build")
     assert "sam2fast_kernels/_native.so" in contents(wheel)
     install(wheel, tmp_path / "site")
-    program = ("from sam2fast_kernels import rle, library; assert library.load_native(); "
-               "print(library.NATIVE_LIBRARY, rle.decode([[1, 3]], (2, 2), backend='cpp').sum().item())")
+    program = (
+        "from sam2fast_kernels import rle, library; assert library.load_native(); "
+        "print(library.NATIVE_LIBRARY, rle.decode([[1, 3]], (2, 2), backend='cpp').sum().item())"
+    )
     done = run_installed(tmp_path / "site", program)
     assert done.stdout.split() == [str(tmp_path / "site" / "sam2fast_kernels" / "_native.so"), "3"], done.stderr
 

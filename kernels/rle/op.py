@@ -18,8 +18,9 @@ class RleError(ValueError):
     """Counts that are no mask of the stated size; the message names the mask and what is wrong with it."""
 
 
-def decode(counts: Sequence[bytes | str | Sequence[int]], size: tuple[int, int],
-           backend: library.Backend = "auto") -> Tensor:
+def decode(
+    counts: Sequence[bytes | str | Sequence[int]], size: tuple[int, int], backend: library.Backend = "auto"
+) -> Tensor:
     """Decode the run-length masks of one image or frame.
 
     Args:

@@ -132,8 +132,16 @@ def _span(whole: int, part: int, place: float) -> slice:
     return slice(start, start + part)
 
 
-def _affine(size: tuple[int, int], side: int, flip: bool, angle: float, shear: float, scale: float,
-            place_y: float, place_x: float) -> np.ndarray:
+def _affine(
+    size: tuple[int, int],
+    side: int,
+    flip: bool,
+    angle: float,
+    shear: float,
+    scale: float,
+    place_y: float,
+    place_x: float,
+) -> np.ndarray:
     """Rotation and shear about the image's center at its own aspect, then resize to the square, flip and shift."""
     height, width = size
     rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -148,8 +156,9 @@ def _affine(size: tuple[int, int], side: int, flip: bool, angle: float, shear: f
 
 def _resize(array: np.ndarray, height: int, width: int, area_below: float = 1.0) -> np.ndarray:
     """Area-average the axes that shrink to under `area_below` of their length, then resize linearly."""
-    shrunk = tuple(new if new < area_below * old else old for new, old in zip((width, height), array.shape[1::-1],
-                                                                              strict=True))
+    shrunk = tuple(
+        new if new < area_below * old else old for new, old in zip((width, height), array.shape[1::-1], strict=True)
+    )
     if shrunk != array.shape[1::-1]:
         array = cv2.resize(array, shrunk, interpolation=cv2.INTER_AREA)
     if shrunk != (width, height):
@@ -157,8 +166,9 @@ def _resize(array: np.ndarray, height: int, width: int, area_below: float = 1.0)
     return array
 
 
-def _warp(array: np.ndarray, matrix: np.ndarray, side: int, fill: tuple[int, ...] | int,
-          area_below: float) -> np.ndarray:
+def _warp(
+    array: np.ndarray, matrix: np.ndarray, side: int, fill: tuple[int, ...] | int, area_below: float
+) -> np.ndarray:
     height, width = array.shape[:2]
     density_x, density_y = np.linalg.norm(matrix[:, :2], axis=0)  # target pixels per source pixel
     new_width = max(1, round(width * density_x)) if density_x < area_below else width
@@ -167,5 +177,6 @@ def _warp(array: np.ndarray, matrix: np.ndarray, side: int, fill: tuple[int, ...
         array = _resize(array, new_height, new_width)
         back = np.array([width / new_width, height / new_height])  # pixels of the image per pixel of the smaller one
         matrix = np.column_stack([matrix[:, :2] * back, matrix[:, 2] + matrix[:, :2] @ (back / 2 - 0.5)])
-    return cv2.warpAffine(array, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
-                          borderValue=fill)
+    return cv2.warpAffine(
+        array, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
+    )

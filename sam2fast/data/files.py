@@ -90,8 +90,10 @@ def decode_labels(data: bytes, source: str | os.PathLike) -> np.ndarray:
     if mode == "1":
         return labels.astype(np.uint8)
     if mode not in ("P", "L"):
-        raise DataError(f"mask {source} has image mode {mode}; save masks as palette or 8-bit gray PNG whose pixel "
-                        "values are object numbers")
+        raise DataError(
+            f"mask {source} has image mode {mode}; save masks as palette or 8-bit gray PNG whose pixel "
+            "values are object numbers"
+        )
     void = labels == 255
     if void.any():
         single = mode == "L" and not (labels[~void]).any()

@@ -24,8 +24,15 @@ _DEAD_WORKER = (
 )
 
 
-def build_loader(dataset: ClipDataset, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0,
-                 workers: int = 0, accumulate: int = 1) -> Iterator[Batch]:
+def build_loader(
+    dataset: ClipDataset,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    workers: int = 0,
+    accumulate: int = 1,
+) -> Iterator[Batch]:
     """Endless micro-batches of one rank: micro-batch k holds samples (k * world_size + rank) * batch_size + 0, 1, ...
 
     So the ranks of a step, and the micro-batches of an accumulated step, together hold one run of sample numbers: the
@@ -46,10 +53,16 @@ def build_loader(dataset: ClipDataset, batch_size: int, rank: int = 0, world_siz
         # workers are not forked from this process: it may hold a CUDA context and threads with locks
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])
-        options = {"multiprocessing_context": context, "worker_init_fn": _start_worker,
-                   "prefetch_factor": max(2, -(-accumulate // workers))}
+        options = {
+            "multiprocessing_context": context,
+            "worker_init_fn": _start_worker,
+            "prefetch_factor": max(2, -(-accumulate // workers)),
+        }
     loader = torch.utils.data.DataLoader(
-        _Collated(dataset), batch_size=None, sampler=numbers, num_workers=workers,
+        _Collated(dataset),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of its own: loading must not advance the generator of the model's dropout
         **options,

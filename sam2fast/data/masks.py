@@ -72,8 +72,9 @@ def parse_rle(rle: Any, source: str) -> tuple[Size, np.ndarray]:
         height, width = (int(value) for value in rle["size"])
         counts = rle["counts"]
     except (KeyError, TypeError, ValueError):
-        raise DataError(f"{source}: a run-length mask needs `size` [height, width] and `counts`, got {_brief(rle)}; "
-                        f"{_BROKEN}") from None
+        raise DataError(
+            f"{source}: a run-length mask needs `size` [height, width] and `counts`, got {_brief(rle)}; {_BROKEN}"
+        ) from None
     if isinstance(counts, (str, bytes)):
         lengths = _unpack_counts(counts, source)
     else:
@@ -83,8 +84,10 @@ def parse_rle(rle: Any, source: str) -> tuple[Size, np.ndarray]:
             raise DataError(f"{source}: run lengths must be whole numbers, got {_brief(counts)}; {_BROKEN}") from None
     pixels = height * width if min(height, width) > 0 else -1
     if (lengths < 0).any() or (lengths > pixels).any() or lengths.sum() != pixels:
-        raise DataError(f"{source}: run lengths cover {lengths.sum()} pixels of a {height} x {width} mask: cut off, or "
-                        f"of another size; {_BROKEN}")
+        raise DataError(
+            f"{source}: run lengths cover {lengths.sum()} pixels of a {height} x {width} mask: cut off, or "
+            f"of another size; {_BROKEN}"
+        )
     return (height, width), lengths
 
 
@@ -148,8 +151,9 @@ def _unpack_counts(counts: str | bytes, source: str) -> np.ndarray:
     raw = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode("utf-8"), np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(~(raw & 0x20).astype(bool))
     if len(raw) == 0 or (raw < 0).any() or (raw > 63).any() or len(last) == 0 or last[-1] != len(raw) - 1:
-        raise DataError(f"{source}: cannot read run lengths {_brief(counts)}: empty, cut off or of another coding; "
-                        f"{_BROKEN}")
+        raise DataError(
+            f"{source}: cannot read run lengths {_brief(counts)}: empty, cut off or of another coding; {_BROKEN}"
+        )
     first = np.concatenate([[0], last[:-1] + 1])
     groups = last - first + 1
     if groups.max() > 8:

@@ -41,8 +41,9 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         seed: one number or several (run, stage, item); it alone decides order and content.
     """
 
-    def __init__(self, dataset: Dataset, item: MixItem, augment: AugmentConfig, image_size: int,
-                 seed: int | Sequence[int]):
+    def __init__(
+        self, dataset: Dataset, item: MixItem, augment: AugmentConfig, image_size: int, seed: int | Sequence[int]
+    ):
         self._dataset, self._item, self._augment, self._image_size = dataset, item, augment, image_size
         self._seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -82,8 +83,9 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(stream, number))))
 
 
-def build_sample(record: VideoRecord, item: MixItem, augment: AugmentConfig, image_size: int,
-                 rng: np.random.Generator) -> Sample | None:
+def build_sample(
+    record: VideoRecord, item: MixItem, augment: AugmentConfig, image_size: int, rng: np.random.Generator
+) -> Sample | None:
     """Draw a clip from a record, decode and augment it.
 
     Objects that augmentation moves out of the first frame are dropped; if that leaves none, the clip keeps its plain
@@ -152,8 +154,9 @@ def sample_window(record: VideoRecord, item: MixItem, rng: np.random.Generator) 
     return window
 
 
-def _frames(record: VideoRecord, window: Window, geometry: augmentation.Geometry, colors: np.ndarray,
-            sigma: float) -> torch.Tensor:
+def _frames(
+    record: VideoRecord, window: Window, geometry: augmentation.Geometry, colors: np.ndarray, sigma: float
+) -> torch.Tensor:
     """uint8 [T, 3, S, S]; hidden frames are of one color and not decoded."""
     side = geometry.side
     out = np.empty((len(window.frames), 3, side, side), np.uint8)
@@ -167,8 +170,9 @@ def _frames(record: VideoRecord, window: Window, geometry: augmentation.Geometry
     return torch.from_numpy(out)
 
 
-def _masks(record: VideoRecord, window: Window, geometry: augmentation.Geometry,
-           first: dict[int, np.ndarray]) -> torch.Tensor:
+def _masks(
+    record: VideoRecord, window: Window, geometry: augmentation.Geometry, first: dict[int, np.ndarray]
+) -> torch.Tensor:
     """bool [T, O, S, S]; objects are absent from hidden frames."""
     out = np.zeros((len(window.frames), len(first), geometry.side, geometry.side), bool)
     out[0] = list(first.values())
@@ -182,8 +186,9 @@ def _masks(record: VideoRecord, window: Window, geometry: augmentation.Geometry,
     return torch.from_numpy(out)
 
 
-def _occlude(length: int, stride: int, available: int, config: OcclusionConfig,
-             rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+def _occlude(
+    length: int, stride: int, available: int, config: OcclusionConfig, rng: np.random.Generator
+) -> tuple[list[int], list[bool]]:
     """Offsets of the frames of a clip within the annotated frames, and which of them are blanked.
 
     With some probability up to `max_frames` frames in a row are blanked or cut out, never the first one, and at least
@@ -206,8 +211,9 @@ def _occlude(length: int, stride: int, available: int, config: OcclusionConfig,
     return offsets, hidden
 
 
-def _place(record: VideoRecord, offsets: list[int], hidden: list[bool], item: MixItem,
-           rng: np.random.Generator) -> Window | None:
+def _place(
+    record: VideoRecord, offsets: list[int], hidden: list[bool], item: MixItem, rng: np.random.Generator
+) -> Window | None:
     annotated = record.annotated
     for start in rng.permutation(len(annotated) - max(offsets)):
         frames = [annotated[start + offset] for offset in offsets]

@@ -143,5 +143,7 @@ class VideoReader:
 
     def _unreadable(self, what: str) -> DataError:
         self.close()
-        return DataError(f"{self.path}: {what}; the file is damaged or not a video: restore or re-encode it, or name "
-                         "it in the dataset's `exclude`")
+        return DataError(
+            f"{self.path}: {what}; the file is damaged or not a video: restore or re-encode it, or name "
+            "it in the dataset's `exclude`"
+        )

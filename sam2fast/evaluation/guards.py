@@ -13,7 +13,7 @@ class Guard:
 
     Args:
         patience: validations in a row without a better mean of the video scores before stopping; 0 is off.
-        forgetting: points that an image score may lie below its best; 0 is off.
+        forgetting: points that an image score may lie below its best while it falls; 0 is off.
     """
 
     def __init__(self, patience: int, forgetting: float) -> None:
@@ -21,6 +21,7 @@ class Guard:
         self._best_video: float | None = None
         self._stale = 0
         self._best_image: dict[str, float] = {}
+        self._last_image: dict[str, float] = {}
 
     def update(self, video: Mapping[str, float], image: Mapping[str, float]) -> str | None:
         """Take the J&F and the image scores of one validation by tag; returns why to stop, or None.
@@ -36,11 +37,16 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `update` has learned, as plain values for JSON or a checkpoint."""
-        return {"best_video": self._best_video, "stale": self._stale, "best_image": dict(self._best_image)}
+        return {
+            "best_video": self._best_video,
+            "stale": self._stale,
+            "best_image": dict(self._best_image),
+            "last_image": dict(self._last_image),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._best_video, self._stale = state["best_video"], int(state["stale"])
-        self._best_image = dict(state["best_image"])
+        self._best_image, self._last_image = dict(state["best_image"]), dict(state["last_image"])
 
     def _check_video(self, scores: Mapping[str, float]) -> str | None:
         if not scores:
@@ -58,6 +64,8 @@ class Guard:
         reason = None
         for tag, score in scores.items():
             best = self._best_image[tag] = max(score, self._best_image.get(tag, score))
-            if self.forgetting and best - score > self.forgetting:
+            falling = score <= self._last_image.get(tag, score)  # a stage that recovers what one before it lost goes on
+            self._last_image[tag] = score
+            if self.forgetting and falling and best - score > self.forgetting:
                 reason = reason or f"forgetting: {tag} fell {best - score:.2f} points, from {best:.2f} to {score:.2f}"
         return reason

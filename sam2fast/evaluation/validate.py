@@ -3,15 +3,16 @@ scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from ..config import BASELINE_SUFFIX, ValidationConfig, ValidationSet
-from ..data.sample import Dataset
+from ..data.sample import DataError, Dataset, VideoRecord
 from ..parallel import Ranks
 from .coco import ImageResult, evaluate_images
+from .metrics import scored_frames
 from .overlays import OverlayWriter
 from .vos import VosResult, evaluate_vos
 
@@ -34,6 +35,32 @@ def validate(
     for entry in config.sets:
         scores |= _score(model, entry, datasets[entry.dataset], config.overlays if ranks.main else 0, ranks, overlays)
     return scores
+
+
+def check_sets(config: ValidationConfig, datasets: Mapping[str, Dataset]) -> None:
+    """Find out at the start of a run whether its validation can score anything; reads annotations, decodes nothing.
+
+    Raises:
+        DataError: no video of a set has enough annotated frames (public test splits hold first masks only).
+    """
+    for entry in config.sets:
+        if entry.kind == "vos" and not any(
+            _scorable(record, entry) for record in _items(datasets[entry.dataset], entry)
+        ):
+            raise DataError(
+                f"validation set {entry.dataset!r}: no video has an annotated frame to score between its first one "
+                "and its last; public test splits hold first masks only, so hold out a part of the training videos"
+            )
+
+
+def _items(dataset: Dataset, entry: ValidationSet) -> Iterator[VideoRecord]:
+    count = len(dataset) if entry.max_items is None else min(len(dataset), entry.max_items)
+    return (dataset[index] for index in range(count))
+
+
+def _scorable(record: VideoRecord, entry: ValidationSet) -> bool:
+    annotated = [frame for frame in record.annotated if entry.max_frames is None or frame < entry.max_frames]
+    return bool(annotated) and bool(scored_frames(annotated, annotated[0]))
 
 
 def _score(

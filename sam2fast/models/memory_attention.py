@@ -13,9 +13,7 @@ from .position import TableCache, apply_rotary, rotary_tables, sine_encoding_2d
 class RoPEAttention(Attention):
     """Attention with axial rotary embedding of queries and keys."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int = 0
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int = 0) -> Tensor:
         """q [N, hw, dim] on the grid of `tables`; k, v [N, r hw + num_unrotated, kv_dim]: r such grids, then tokens
         without a place in the image, whose keys are not rotated."""
         q = apply_rotary(self._heads(self.q_proj(q)), *tables)

@@ -141,8 +141,9 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         found = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{path} holds no 'model' state dict (found {found}); SAM 2 checkpoints are "
-                              "{'model': state_dict}")
+        raise CheckpointError(
+            f"{path} holds no 'model' state dict (found {found}); SAM 2 checkpoints are {{'model': state_dict}}"
+        )
     return dict(state)
 
 
@@ -192,8 +193,11 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: Arch
     shapes = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     if not (missing or extra or shapes):
         return
-    details = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in
-               (("missing", missing), ("unexpected", extra), ("of another shape", shapes)) if names]
+    details = [
+        f"{len(names)} {kind} (first: {names[0]})"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        if names
+    ]
     found, expected = describe(state), f"SAM {arch.version} {arch.size}"
     if found is None or found == expected:
         problem, remedy = f"does not fit {expected}", "The file is damaged, or of another or a modified model"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimConfig
-from .engine import StepResult, autocast, clip_on_device, set_rates
+from .engine import StepResult, autocast, clip_on_device, group_settings, set_rates
 from .mesh import Ranks
 
 BUCKET_BYTES = 25 * 2**20
@@ -33,6 +33,7 @@ class TorchEngine:
         self.params = [p for group in groups for p in group["params"]]
         # The fused update takes `found_inf`, which skips a bad step without a host sync.
         self.optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+        self.layout = {"engine": "torch", "precision": precision, "groups": [len(group["params"]) for group in groups]}
         self.autocast = lambda: autocast(precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -79,7 +80,10 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "torch.pt", map_location=self.ranks.device, weights_only=True)
         self.module.load_state_dict(state["module"])
+        settings = group_settings(self.optimizer.param_groups)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         self.scaler.load_state_dict(state["scaler"])
 
     def full_state_dict(self) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ class Engine(Protocol):
     """Gradients, their reduction over ranks, the update and the state of one stage."""
 
     module: nn.Module
+    layout: dict[str, Any]
+    """What a checkpoint must agree with to be loaded: kind, precision, sharding and sizes of the optimizer groups."""
 
     def forward(self, *args: Any) -> Any:
         """Run the module under the engine's precision."""
@@ -90,7 +92,7 @@ def resolve_kind(config: EngineConfig) -> str:
     """`torch` or `deepspeed`, with `auto` decided by the settings and the launcher."""
     if config.kind != "auto":
         return config.kind
-    # CROSS_SIZE and LOCAL_SIZE are set by the deepspeed launcher and by no other.
+    # The deepspeed launcher sets both, torchrun neither.
     launched = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ
     return "deepspeed" if launched or config.zero_stage is not None or config.deepspeed_config else "torch"
 
@@ -110,6 +112,15 @@ def clip_on_device(params: list[nn.Parameter], max_norm: float | None) -> StepRe
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return StepResult(norm, (~torch.isfinite(norm)).float())
+
+
+GROUP_SETTINGS = ("base_lr", "weight_decay", "betas", "eps")
+
+
+def group_settings(groups: list[dict]) -> list[dict[str, Any]]:
+    """What the configuration says of each optimizer group; loading a state would bring back the values it was saved
+    with."""
+    return [{name: group[name] for name in GROUP_SETTINGS} for group in groups]
 
 
 def set_rates(groups: list[dict], lr_scale: float) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ..config import ConfigError
+from ..config import ConfigError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,23 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def agree(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which every rank calls; a user's mistake on any rank ends all of them with one message.
+
+        Raises:
+            UserError: on the first rank that has one; SystemExit on the others.
+        """
+        try:
+            result, error = work(), None
+        except UserError as mistake:
+            result, error = None, mistake
+        failed = [rank for rank, text in enumerate(self.gather(str(error) if error else None)) if text is not None]
+        if failed and failed[0] == self.rank:
+            raise error
+        if failed:
+            raise SystemExit(2)
+        return result
+
     def gather(self, value: Any) -> list[Any]:
         """Picklable `value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
@@ -71,7 +91,7 @@ def setup(device: str = "auto", timeout_minutes: float = 30.0, local_rank: int |
     kind = "cuda" if device != "cpu" and available else "cpu"
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0 if local_rank is None else local_rank)):
         os.environ.setdefault(name, str(default))
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -88,7 +108,8 @@ def teardown() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
-from .engine import StepResult, autocast, clip_on_device, set_rates
+from .engine import StepResult, autocast, clip_on_device, group_settings, set_rates
 from .mesh import Ranks
 
 DEFAULT_STAGE = 1
@@ -53,6 +54,14 @@ class DeepSpeedEngine:
     ) -> None:
         settings = deepspeed_settings(config, optim, accumulate)
         self.stage = settings["zero_optimization"]["stage"]
+        self.layout = {
+            "engine": "deepspeed",
+            "zero_stage": self.stage,
+            "precision": precision,
+            "groups": [len(group["params"]) for group in groups],
+        }
+        if self.stage > 0:
+            self.layout["world_size"] = ranks.world_size
         if optim.missing_grad == "skip" and self.stage > 0:
             raise ConfigError(
                 f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
@@ -115,7 +124,10 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag="zero", client_state={"loss_scale": scale}, save_latest=False)
 
     def load(self, folder: Path) -> None:
+        settings = group_settings(self.optimizer.param_groups)
         _, client_state = self.engine.load_checkpoint(str(folder), tag="zero")
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         if self.loss_scale:
             self.loss_scale = LossScale(**client_state["loss_scale"])
             if self.stage > 0:
@@ -150,6 +162,9 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+        # DeepSpeed leaves reference cycles: without this the next stage is built while these weights still live.
+        del self.engine, self.optimizer, self.module, self.params
+        gc.collect()
 
 
 @dataclass

@@ -59,9 +59,18 @@ def video_folder(tmp_path) -> Callable[..., Path]:
 def write_video() -> Callable[..., list[np.ndarray]]:
     """Encode frames as mp4 and return what a plain decoder shows, in order of presentation."""
 
-    def write(path: Path, count: int, height: int = 48, width: int = 64, *, codec: str = "libx264", rotation: int = 0,
-              times: list[int] | None = None, container: dict[str, str] | None = None,
-              **options: str) -> list[np.ndarray]:
+    def write(
+        path: Path,
+        count: int,
+        height: int = 48,
+        width: int = 64,
+        *,
+        codec: str = "libx264",
+        rotation: int = 0,
+        times: list[int] | None = None,
+        container: dict[str, str] | None = None,
+        **options: str,
+    ) -> list[np.ndarray]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w", options=container or {}) as output:
             stream = output.add_stream(codec, rate=24, options={"crf": "18", **options})

@@ -30,8 +30,14 @@ def disk(height=60, width=80, y=30, x=40, radius=12):
     return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
 
 
-GEOMETRIES = [{}, {"flip": 1.0}, {"scale": (1.3, 1.3)}, {"scale": (0.6, 0.6)}, {"degrees": 30.0, "shear": 15.0},
-              {"degrees": 30.0, "shear": 15.0, "scale": (0.7, 1.3), "flip": 0.5}]
+GEOMETRIES = [
+    {},
+    {"flip": 1.0},
+    {"scale": (1.3, 1.3)},
+    {"scale": (0.6, 0.6)},
+    {"degrees": 30.0, "shear": 15.0},
+    {"degrees": 30.0, "shear": 15.0, "scale": (0.7, 1.3), "flip": 0.5},
+]
 
 
 @pytest.mark.parametrize("options", GEOMETRIES)

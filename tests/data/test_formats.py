@@ -41,8 +41,14 @@ def write_sav(root, write_video, frames=13, masklets=None, name="sav_000001", ki
     images = write_video(root / f"{name}.mp4", frames, HEIGHT, WIDTH, g="6", bf="2")
     if masklets is None:
         masklets = [[rle(square(4 * frame)), rle(square(0) * (frame == 0))] for frame in range((frames + 3) // 4)]
-    content = {"video_id": name, "video_frame_count": float(frames), "video_duration": frames / 24, "masklet": masklets,
-               "masklet_id": list(range(len(masklets[0]))), **fields}
+    content = {
+        "video_id": name,
+        "video_frame_count": float(frames),
+        "video_duration": frames / 24,
+        "masklet": masklets,
+        "masklet_id": list(range(len(masklets[0]))),
+        **fields,
+    }
     (root / f"{name}_{kind}.json").write_text(json.dumps(content))
     return images
 
@@ -51,8 +57,10 @@ def write_sa1b(folder, number, masks, damage=lambda content: None):
     folder.mkdir(parents=True, exist_ok=True)
     image = np.full((HEIGHT, WIDTH, 3), number, np.uint8)
     assert cv2.imwrite(str(folder / f"sa_{number}.jpg"), image)
-    content = {"image": {"image_id": number, "width": WIDTH, "height": HEIGHT, "file_name": f"sa_{number}.jpg"},
-               "annotations": [{"id": 10 + index, "segmentation": rle(mask)} for index, mask in enumerate(masks)]}
+    content = {
+        "image": {"image_id": number, "width": WIDTH, "height": HEIGHT, "file_name": f"sa_{number}.jpg"},
+        "annotations": [{"id": 10 + index, "segmentation": rle(mask)} for index, mask in enumerate(masks)],
+    }
     damage(content)
     (folder / f"sa_{number}.json").write_text(json.dumps(content))
 
@@ -80,7 +88,9 @@ def test_sav_automatic_masklets(tmp_path, write_video):
     write_sav(tmp_path, write_video)
     write_sav(tmp_path, write_video, kind="auto", masklets=[[rle(square(30))]] * 4)
     assert [list(open_at(tmp_path, sav_annotations=kind)[0].masks(0)) for kind in ("manual", "auto", "both")] == [
-        [0, 1], [1000], [0, 1, 1000]
+        [0, 1],
+        [1000],
+        [0, 1, 1000],
     ]
 
 
@@ -93,8 +103,11 @@ def test_sav_defects_are_named(tmp_path, write_video):
     other_size = {**good, "masklet": [[rle(square(0, 50, 60))] * 2] * 4}
     ragged = {**good, "masklet": [*good["masklet"][:3], good["masklet"][3][:1]]}
     for content, what in (
-        (b"", "holds 0 bytes"), (b"{", "not valid JSON"), (b"[]", "not a SA-V annotation"),
-        (json.dumps({"masklet": 5}).encode(), "not a SA-V annotation"), (json.dumps(ragged).encode(), "not a SA-V"),
+        (b"", "holds 0 bytes"),
+        (b"{", "not valid JSON"),
+        (b"[]", "not a SA-V annotation"),
+        (json.dumps({"masklet": 5}).encode(), "not a SA-V annotation"),
+        (json.dumps(ragged).encode(), "not a SA-V"),
         (json.dumps({**good, "masklet": []}).encode(), "masklet_id"),
         (json.dumps({**good, "masklet": [[None, None]]}).encode(), "annotates no frame"),
         (json.dumps({**good, "masklet": good["masklet"] * 2}).encode(), "has 13 frames, .* up to frame 28"),
@@ -208,15 +221,23 @@ def test_real_coco(shared_data):
 def write_coco(root, annotations, size=(HEIGHT, WIDTH), image="a.jpg"):
     (root / "images").mkdir(exist_ok=True)
     assert cv2.imwrite(str(root / "images" / "a.jpg"), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
-    content = {"images": [{"id": 1, "file_name": image, "height": size[0], "width": size[1]}],
-               "annotations": [{"id": 5 + index, "image_id": 1, **entry} for index, entry in enumerate(annotations)]}
+    content = {
+        "images": [{"id": 1, "file_name": image, "height": size[0], "width": size[1]}],
+        "annotations": [{"id": 5 + index, "image_id": 1, **entry} for index, entry in enumerate(annotations)],
+    }
     (root / "instances.json").write_text(json.dumps(content))
 
 
 def test_coco_kinds_of_annotation(tmp_path):
     counts = rle(square(20))
-    write_coco(tmp_path, [{"segmentation": [[2, 2, 12, 2, 12, 12]]}, {"segmentation": counts, "iscrowd": 1},
-                          {"segmentation": counts, "iscrowd": 0}])
+    write_coco(
+        tmp_path,
+        [
+            {"segmentation": [[2, 2, 12, 2, 12, 12]]},
+            {"segmentation": counts, "iscrowd": 1},
+            {"segmentation": counts, "iscrowd": 0},
+        ],
+    )
     masks = open_at(tmp_path)[0].masks(0)
     assert list(masks) == [5, 7] and (masks[7] == square(20)).all()
     as_file = open_at(tmp_path / "images", annotations=str(tmp_path / "instances.json"))

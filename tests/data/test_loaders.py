@@ -36,8 +36,12 @@ def take(count, *args, **kwargs):
 
 
 def same(a, b):
-    return (a.sample_ids == b.sample_ids and torch.equal(a.frames, b.frames) and torch.equal(a.masks, b.masks)
-            and torch.equal(a.object_to_clip, b.object_to_clip))
+    return (
+        a.sample_ids == b.sample_ids
+        and torch.equal(a.frames, b.frames)
+        and torch.equal(a.masks, b.masks)
+        and torch.equal(a.object_to_clip, b.object_to_clip)
+    )
 
 
 @pytest.fixture
@@ -46,8 +50,15 @@ def dataset(video_folder):
 
 
 def test_collate_puts_objects_side_by_side():
-    samples = [Sample(torch.full((2, 3, 8, 8), clip, dtype=torch.uint8), torch.full((2, count, 8, 8), clip == 1),
-                      list(range(count)), f"clip{clip}") for clip, count in enumerate((1, 3, 2))]
+    samples = [
+        Sample(
+            torch.full((2, 3, 8, 8), clip, dtype=torch.uint8),
+            torch.full((2, count, 8, 8), clip == 1),
+            list(range(count)),
+            f"clip{clip}",
+        )
+        for clip, count in enumerate((1, 3, 2))
+    ]
     batch = collate(samples)
     assert batch.frames.shape == (3, 2, 3, 8, 8) and batch.masks.shape == (2, 6, 8, 8)
     assert batch.object_to_clip.tolist() == [0, 1, 1, 1, 2, 2] and batch.object_to_clip.dtype == torch.int64

@@ -29,13 +29,29 @@ def test_real_masklets(shared_data):
         assert mask.shape == (848, 480) and (mask == coco.decode(rle)).all()
 
 
-@pytest.mark.parametrize("rle", [
-    None, 3, [], {}, {"size": [4, 4]}, {"size": [4], "counts": "4d0"}, {"size": ["a", 4], "counts": "4d0"},
-    {"size": [4, 4], "counts": ""}, {"size": [4, 4], "counts": []}, {"size": [4, 4], "counts": "\u20ac"},
-    {"size": [0, 4], "counts": ""}, {"size": [-4, -4], "counts": [16]}, {"size": [4, 4], "counts": [8, 9]},
-    {"size": [4, 4], "counts": [20, -4]}, {"size": [4, 4], "counts": [10**30]}, {"size": [4, 4], "counts": ["x"]},
-    {"size": [4, 4], "counts": "oooooooooooooo0"}, {"size": [4, 4], "counts": "o"},
-])
+@pytest.mark.parametrize(
+    "rle",
+    [
+        None,
+        3,
+        [],
+        {},
+        {"size": [4, 4]},
+        {"size": [4], "counts": "4d0"},
+        {"size": ["a", 4], "counts": "4d0"},
+        {"size": [4, 4], "counts": ""},
+        {"size": [4, 4], "counts": []},
+        {"size": [4, 4], "counts": "\u20ac"},
+        {"size": [0, 4], "counts": ""},
+        {"size": [-4, -4], "counts": [16]},
+        {"size": [4, 4], "counts": [8, 9]},
+        {"size": [4, 4], "counts": [20, -4]},
+        {"size": [4, 4], "counts": [10**30]},
+        {"size": [4, 4], "counts": ["x"]},
+        {"size": [4, 4], "counts": "oooooooooooooo0"},
+        {"size": [4, 4], "counts": "o"},
+    ],
+)
 def test_broken_run_lengths_name_their_source(rle):
     with pytest.raises(DataError, match=r"^file\.json, object 7: .*exclude"):
         parse_rle(rle, "file.json, object 7")
@@ -71,9 +87,18 @@ def test_real_polygons(shared_data):
             assert (decode_runs(*runs) == reference.annToMask(annotation)).all()
 
 
-@pytest.mark.parametrize("polygons", [
-    None, "x", [["a", "b"]], [[0, 0, 5]], [[0, 0, 5, float("nan"), 3, 3]], [[0, 0, 1e9, 0, 3, 3]], [{"x": 1}],
-])
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        None,
+        "x",
+        [["a", "b"]],
+        [[0, 0, 5]],
+        [[0, 0, 5, float("nan"), 3, 3]],
+        [[0, 0, 1e9, 0, 3, 3]],
+        [{"x": 1}],
+    ],
+)
 def test_broken_polygons_name_their_source(polygons):
     with pytest.raises(DataError, match=r"^file\.json, annotation 7: .*polygon"):
         polygons_to_runs(polygons, (10, 10), "file.json, annotation 7")

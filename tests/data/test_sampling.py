@@ -80,8 +80,11 @@ def test_large_objects_are_left_out():
 
 
 def test_a_short_video_is_an_error_that_names_it():
-    with pytest.raises(DataError, match=r"video 'clip' of dataset 'data' has 6 annotated frames, a clip of 4 frames at "
-                                        r"stride 2 needs 7; lower `frames` or `stride`.*exclude"):
+    with pytest.raises(
+        DataError,
+        match=r"video 'clip' of dataset 'data' has 6 annotated frames, a clip of 4 frames at "
+        r"stride 2 needs 7; lower `frames` or `stride`.*exclude",
+    ):
         windows(Record([{1}] * 6), frames=4, stride=(2, 3))
     assert windows(Record([{1}] * 7), count=5, frames=4, stride=(2, 3))[0].frames == [0, 8, 16, 24]
 

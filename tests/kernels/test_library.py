@@ -48,9 +48,11 @@ def test_unknown_back_end_is_refused():
 
 def test_import_needs_torch_only():
     """Nothing outside torch and what torch itself imports."""
-    program = ("import sys, torch; before = set(sys.modules); import sam2fast_kernels; "
-               "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-               "print(*sorted(new - set(sys.stdlib_module_names)))")
+    program = (
+        "import sys, torch; before = set(sys.modules); import sam2fast_kernels; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(*sorted(new - set(sys.stdlib_module_names)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sam2fast_kernels"]
 

@@ -159,8 +159,13 @@ def test_offsets_cannot_leave_the_counts(run, offsets):
 def test_wrong_types_are_refused(run):
     counts, offsets = torch.full((1,), 52, dtype=torch.uint8), torch.tensor([0, 1])
     assert run(counts, offsets, 2, 2)[1].tolist() == [[0, 0]]
-    for bad in ((counts.int(), offsets, 2, 2), (counts, offsets.int(), 2, 2), (counts[None], offsets, 2, 2),
-                (counts, offsets, 0, 2), (counts, offsets, 2, 2**31)):
+    for bad in (
+        (counts.int(), offsets, 2, 2),
+        (counts, offsets.int(), 2, 2),
+        (counts[None], offsets, 2, 2),
+        (counts, offsets, 0, 2),
+        (counts, offsets, 2, 2**31),
+    ):
         with pytest.raises(RuntimeError, match="rle_decode: "):
             run(*bad)
 

@@ -209,8 +209,12 @@ def test_memory_of_a_mask(model):
 def test_stable_mask_falls_back_to_the_best_candidate():
     steady = torch.tensor([[1.0, -1.0]]).repeat(8, 4)
     wavering = torch.linspace(-0.1, 0.1, 64).view(8, 8)
-    masks = torch.stack([torch.stack([first] + [torch.full((8, 8), float(i)) for i in (1, 2, 3)])
-                         for first in (steady, wavering, torch.full((8, 8), -5.0))])
+    masks = torch.stack(
+        [
+            torch.stack([first] + [torch.full((8, 8), float(i)) for i in (1, 2, 3)])
+            for first in (steady, wavering, torch.full((8, 8), -5.0))
+        ]
+    )
     ious = torch.tensor([[0.1, 0.2, 0.9, 0.3]]).repeat(3, 1)
     chosen, iou = stable_mask(masks, ious)
     assert torch.equal(chosen[0, 0], steady) and torch.equal(chosen[2, 0], masks[2, 0])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sam2fast.data.synthetic import write_dataset
+from sam2fast.parallel.mesh import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = str(REPOSITORY / "sam2fast" / "train.py")
@@ -106,6 +107,8 @@ def exact_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(launcher: list[str], config: Path, synthetic: Path, output: Path, *overrides: str) -> list[str]:
+    if launcher[:2] == DEEPSPEED:
+        launcher = [*launcher, "--master_port", str(free_port())]  # its default port may be taken
     return [*launcher, TRAIN, "--config", str(config), f"data.root={synthetic}", f"output_dir={output}", *overrides]
 
 

@@ -24,7 +24,8 @@ def test_a_run_that_diverges_stops_with_the_step_the_terms_and_the_samples(
 def test_a_stage_ends_when_the_score_stands_still(
     tmp_path: Path, exact_config: Path, synthetic: Path, patience: int, expected: int
 ) -> None:
-    """A learning rate of almost nothing cannot raise J&F: the second validation ends the stage, unless patience is off."""
+    """A learning rate of almost nothing cannot raise J&F: the second validation ends the stage, unless patience is
+    off."""
     path = tmp_path / "config.yaml"
     sets = "validation: {every: 1, overlays: 0, sets: [{dataset: held_out, tag: jf, max_frames: 3, max_items: 1}]}\n"
     text = exact_config.read_text().replace(
@@ -33,10 +34,16 @@ def test_a_stage_ends_when_the_score_stands_still(
     path.write_text(text + sets)
     output = tmp_path / "run"
     done = train(
-        PYTHON, path, synthetic, output, "stages.0.optim.lr=1e-12", "stages.0.steps=5", f"validation.patience={patience}"
+        PYTHON,
+        path,
+        synthetic,
+        output,
+        "stages.0.optim.lr=1e-12",
+        "stages.0.steps=5",
+        f"validation.patience={patience}",
     )
     assert list(losses(output)) == list(range(1, expected + 1))
     assert ("ends early" in done.stdout) == (patience == 1)
-    state = json.loads((output / "stages" / "1_video" / "state.json").read_text())
+    state = json.loads((output / "stages" / "1_video" / "state.json").read_text())["state"]
     assert state["stage"] == 1 and state["global_step"] == expected
     assert (output / "export" / "model.pt").is_file()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, TORCHRUN, losses, train
+from conftest import DEEPSPEED, PYTHON, REPOSITORY, TORCHRUN, losses, run, train
+
+from sam2fast.config_file import load_config
+from sam2fast.models.official import to_official
+from sam2fast.recipe import build_model
 
 LAUNCHERS = {
     "python": PYTHON,
@@ -52,6 +58,7 @@ def test_a_run_leaves_what_it_promises(runs: dict[str, Path], name: str) -> None
 
 def test_stages_train_what_they_say(runs: dict[str, Path]) -> None:
     """The image stage leaves the memory modules alone, the video stage the prompt encoder; the rest moves."""
+    start = to_official(build_model(load_config(runs["python"] / "config.yaml")).state_dict())
     states = [
         torch.load(runs["python"] / "stages" / stage / "model.pt", weights_only=True)["model"]
         for stage in ("1_images", "2_video", "3_joint")
@@ -60,6 +67,8 @@ def test_stages_train_what_they_say(runs: dict[str, Path]) -> None:
     def moved(before: dict, after: dict, prefix: str) -> bool:
         return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix))
 
+    assert not moved(start, states[0], "memory_attention.") and not moved(start, states[0], "memory_encoder.")
+    assert moved(start, states[0], "sam_prompt_encoder.") and moved(start, states[0], "image_encoder.")
     assert moved(states[0], states[1], "memory_attention.") and moved(states[0], states[1], "image_encoder.")
     assert not moved(states[0], states[1], "sam_prompt_encoder.") and moved(states[1], states[2], "sam_prompt_encoder.")
 
@@ -70,8 +79,9 @@ def test_stages_train_what_they_say(runs: dict[str, Path]) -> None:
         ([*TORCHRUN, "--nproc_per_node=2"], ["stages.0.data.0.batch_size=2"]),
         (PYTHON, ["stages.0.data.0.batch_size=2", "stages.0.accumulate=2"]),
         ([*DEEPSPEED, "--num_accelerators", "2"], ["stages.0.accumulate=2", "engine.zero_stage=2"]),
+        ([*DEEPSPEED, "--num_accelerators", "2"], ["stages.0.data.0.batch_size=2", "engine.zero_stage=3"]),
     ],
-    ids=["two ranks", "two micro-steps", "both, ZeRO-2"],
+    ids=["two ranks", "two micro-steps", "both, ZeRO-2", "two ranks, ZeRO-3"],
 )
 def test_splitting_a_batch_changes_nothing(
     tmp_path: Path, exact_config: Path, synthetic: Path, launcher: list[str], overrides: list[str]
@@ -83,3 +93,29 @@ def test_splitting_a_batch_changes_nothing(
     assert len(want) == 4
     for step, value in want.items():
         assert abs(got[step] - value) <= 1e-5 * abs(value), (step, value, got[step])
+
+
+def test_evaluate_gives_the_scores_of_the_last_validation(runs: dict[str, Path], tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (runs["python"] / "log.jsonl").read_text().splitlines()]
+    want = [line for line in lines if "val/davis_jf" in line][-1]
+    arguments = ["evaluate", "--config", str(runs["python"] / "config.yaml"), f"output_dir={tmp_path}"]
+    checkpoint = ["--checkpoint", str(runs["python"] / "export" / "model.pt")]
+    done = run([*PYTHON, "-m", "sam2fast.cli", *arguments, *checkpoint], cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = dict(line.split() for line in done.stdout.splitlines() if line.startswith("val/"))
+    assert abs(float(got["val/davis_jf"]) - want["val/davis_jf"]) < 1e-2
+    assert abs(float(got["val/davis_jf_baseline"]) - want["val/davis_jf_baseline"]) < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("launcher", [PYTHON, [*DEEPSPEED, "--num_accelerators", "2"]], ids=["python", "deepspeed-2"])
+def test_low_precision_follows_float32(
+    precision: str, launcher: list[str], tmp_path: Path, exact_config: Path, synthetic: Path
+) -> None:
+    done = train(launcher, exact_config, synthetic, tmp_path / precision, f"precision={precision}", "stages.0.steps=3")
+    train(PYTHON, exact_config, synthetic, tmp_path / "full", "stages.0.steps=1", "stages.0.data.0.batch_size=2")
+    got = losses(tmp_path / precision)
+    assert list(got) == [1, 2, 3] and all(math.isfinite(value) for value in got.values())
+    assert "not finite" not in done.stdout  # an overflow of the loss scale is no bad step
+    if launcher is not PYTHON:
+        assert abs(got[1] - losses(tmp_path / "full")[1]) <= 0.05 * got[1]

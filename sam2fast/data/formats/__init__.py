@@ -12,7 +12,7 @@ from .selection import shorten
 
 LAYOUTS = {
     "video_folder": "JPEGImages/VIDEO/*.jpg with Annotations/VIDEO/*.png or Annotations/VIDEO/OBJECT/*.png "
-                    "(DAVIS, MOSE, YouTube-VOS)",
+    "(DAVIS, MOSE, YouTube-VOS)",
     "sav": "VIDEO.mp4 with VIDEO_manual.json or VIDEO_auto.json (SA-V)",
     "sa1b": "NAME.jpg with NAME.json, or .tar files of them (SA-1B)",
     "coco": "an instances JSON (its path in `annotations`) with a folder of images (COCO)",
@@ -36,8 +36,10 @@ def open_dataset(config: DatasetConfig, name: str, seed: int) -> Dataset:
         raise DataError(_missing_folder(root, config.format, name))
     annotations = config.annotations and str(Path(config.annotations).expanduser())
     if annotations and not Path(annotations).exists():
-        raise DataError(f"dataset {name!r}: no annotations at {annotations}; correct `annotations`, or leave it empty "
-                        "where they lie in `root`")
+        raise DataError(
+            f"dataset {name!r}: no annotations at {annotations}; correct `annotations`, or leave it empty "
+            "where they lie in `root`"
+        )
     config = config.model_copy(update={"root": str(root), "annotations": annotations})
     format_name = _recognize(root, config, name) if config.format == "auto" else config.format
     if format_name == "video_folder":
@@ -63,14 +65,21 @@ def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
             found = _format_of_files(Path(place))
             if found:
                 return found
-    raise DataError(f"dataset {name!r}: cannot recognize the format of {root}, which holds {_contents(root)}; set "
-                    f"`format`, or `root` to a folder with {_layouts('auto')}")
+    raise DataError(
+        f"dataset {name!r}: cannot recognize the format of {root}, which holds {_contents(root)}; set "
+        f"`format`, or `root` to a folder with {_layouts('auto')}"
+    )
 
 
 def _format_of_files(root: Path) -> str | None:
     """The format that the names of JSON and tar files below a folder speak for."""
-    patterns = (("*_manual.json", "sav"), ("*_auto.json", "sav"), ("*.tar", "sa1b"), ("sa_*.json", "sa1b"),
-                ("instances*.json", "coco"))
+    patterns = (
+        ("*_manual.json", "sav"),
+        ("*_auto.json", "sav"),
+        ("*.tar", "sa1b"),
+        ("sa_*.json", "sa1b"),
+        ("instances*.json", "coco"),
+    )
     for folder, files in list_files(root, (".json", ".tar")):
         for pattern, format_name in patterns:
             if fnmatch.filter(files, pattern):
@@ -82,8 +91,10 @@ def _format_of_files(root: Path) -> str | None:
 
 def _missing_folder(root: Path, format_name: str, name: str) -> str:
     existing = next((parent for parent in root.parents if parent.is_dir()), Path("."))
-    return (f"dataset {name!r}: no folder at {root} ({existing} holds {_contents(existing)}); set its `root` to a "
-            f"folder with {_layouts(format_name)}")
+    return (
+        f"dataset {name!r}: no folder at {root} ({existing} holds {_contents(existing)}); set its `root` to a "
+        f"folder with {_layouts(format_name)}"
+    )
 
 
 def _layouts(format_name: str) -> str:

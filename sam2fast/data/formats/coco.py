@@ -93,9 +93,11 @@ def open_coco(config: DatasetConfig, name: str, seed: int) -> CocoDataset:
             paths[image] = path
     lost = [image for image in names if image not in paths]
     if lost:
-        raise DataError(f"dataset {name!r}: {len(lost)} of {len(names)} images of {json_path} are missing: "
-                        f"{shorten([entries[image]['file_name'] for image in lost])}; looked in "
-                        f"{', '.join(map(str, folders))}; correct `root`, or name the images in `exclude`")
+        raise DataError(
+            f"dataset {name!r}: {len(lost)} of {len(names)} images of {json_path} are missing: "
+            f"{shorten([entries[image]['file_name'] for image in lost])}; looked in "
+            f"{', '.join(map(str, folders))}; correct `root`, or name the images in `exclude`"
+        )
     return CocoDataset(name, [(image, paths[image], entries[image]) for image in names], json_path)
 
 
@@ -106,8 +108,10 @@ def _find_json(config: DatasetConfig, name: str) -> Path:
     found = sorted({*where.glob("instances*.json"), *where.glob("annotations/instances*.json")})
     if len(found) != 1:
         seen = shorten(found, 6) if found else "none"
-        raise DataError(f"dataset {name!r}: need one instances*.json in {where} or its annotations/, found {seen}; set "
-                        "`annotations` to the JSON file")
+        raise DataError(
+            f"dataset {name!r}: need one instances*.json in {where} or its annotations/, found {seen}; set "
+            "`annotations` to the JSON file"
+        )
     return found[0]
 
 
@@ -121,15 +125,23 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
                 objects[annotation["image_id"]].append((annotation["id"], annotation.get("segmentation")))
         images = {
             str(Path(image["file_name"]).with_suffix("")): {
-                "file_name": image["file_name"], "id": image["id"], "height": int(image["height"]),
-                "width": int(image["width"]), "objects": objects[image["id"]]
+                "file_name": image["file_name"],
+                "id": image["id"],
+                "height": int(image["height"]),
+                "width": int(image["width"]),
+                "objects": objects[image["id"]],
             }
-            for image in content["images"] if image["id"] in objects
+            for image in content["images"]
+            if image["id"] in objects
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a COCO instances file: {type(error).__name__} {error} in `images` or "
-                        "`annotations`; set `annotations` to the right JSON") from None
+        raise DataError(
+            f"{path} is not a COCO instances file: {type(error).__name__} {error} in `images` or "
+            "`annotations`; set `annotations` to the right JSON"
+        ) from None
     if not images:
-        raise DataError(f"{path} annotates no image ({len(content['images'])} images, {len(content['annotations'])} "
-                        "annotations); set `annotations` to an instances JSON with segmentations")
+        raise DataError(
+            f"{path} annotates no image ({len(content['images'])} images, {len(content['annotations'])} "
+            "annotations); set `annotations` to an instances JSON with segmentations"
+        )
     return images

@@ -78,8 +78,10 @@ class Sa1bImage:
         content = parse_json(self._annotation.read(), self._annotation)
         annotations = content.get("annotations") if isinstance(content, dict) else None
         if not isinstance(annotations, list):
-            raise DataError(f"{self._annotation} is not a SA-1B annotation: it has no list `annotations`; restore the "
-                            f"file, or name image {self.name!r} in `exclude`")
+            raise DataError(
+                f"{self._annotation} is not a SA-1B annotation: it has no list `annotations`; restore the "
+                f"file, or name image {self.name!r} in `exclude`"
+            )
         return annotations
 
 
@@ -112,13 +114,17 @@ def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
         annotations.update(_scan(Path(config.annotations))[1])
     names = sorted(annotations)
     if not images or not names:
-        raise DataError(f"dataset {name!r}: {config.root} holds {len(images)} images and {len(names)} JSON files; "
-                        "expected NAME.jpg with NAME.json each, or .tar files of them (not compressed)")
+        raise DataError(
+            f"dataset {name!r}: {config.root} holds {len(images)} images and {len(names)} JSON files; "
+            "expected NAME.jpg with NAME.json each, or .tar files of them (not compressed)"
+        )
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [image for image in names if image not in images]
     if lost:
-        raise DataError(f"dataset {name!r}: {len(lost)} annotations have no image: {shorten(lost)} "
-                        f"({annotations[lost[0]]} needs {lost[0]}.jpg); add the images, or name them in `exclude`")
+        raise DataError(
+            f"dataset {name!r}: {len(lost)} annotations have no image: {shorten(lost)} "
+            f"({annotations[lost[0]]} needs {lost[0]}.jpg); add the images, or name them in `exclude`"
+        )
     return Sa1bDataset(name, [(image, images[image], annotations[image]) for image in names])
 
 
@@ -147,17 +153,23 @@ def _tar_members(path: Path) -> list[_Place]:
         try:
             with np.load(index) as stored:
                 if (stored["stamp"] == stamp).all():
-                    return [_Place(str(path), name, offset, size) for name, (offset, size) in
-                            zip(stored["names"].tolist(), stored["spans"].tolist(), strict=True)]
+                    return [
+                        _Place(str(path), name, offset, size)
+                        for name, (offset, size) in zip(stored["names"].tolist(), stored["spans"].tolist(), strict=True)
+                    ]
         except (OSError, ValueError, KeyError, EOFError):
             pass  # written by something else, or damaged: it is only a cache
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [(member.name, member.offset_data, member.size) for member in tar
-                       if member.isfile() and member.name.lower().endswith((*IMAGE_SUFFIXES, ".json"))]
+            members = [
+                (member.name, member.offset_data, member.size)
+                for member in tar
+                if member.isfile() and member.name.lower().endswith((*IMAGE_SUFFIXES, ".json"))
+            ]
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}; it is damaged, cut off or compressed: restore or unpack "
-                        "it") from None
+        raise DataError(
+            f"cannot read {path}: {error}; it is damaged, cut off or compressed: restore or unpack it"
+        ) from None
     _write_index(index, members, stamp)
     return [_Place(str(path), *member) for member in members]
 
@@ -166,8 +178,12 @@ def _write_index(path: Path, members: list[tuple[str, int, int]], stamp: np.ndar
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            np.savez(file, names=np.array([member[0] for member in members], dtype=np.str_),
-                     spans=np.array([member[1:] for member in members], dtype=np.int64).reshape(-1, 2), stamp=stamp)
+            np.savez(
+                file,
+                names=np.array([member[0] for member in members], dtype=np.str_),
+                spans=np.array([member[1:] for member in members], dtype=np.int64).reshape(-1, 2),
+                stamp=stamp,
+            )
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)  # a read-only dataset: the tar is scanned at each start

@@ -68,9 +68,11 @@ class SavVideo:
         if not annotated:
             raise DataError(f"{shorten(self._jsons)} annotates no frame; name video {self.name!r} in `exclude`")
         if annotated[-1] >= self.num_frames:
-            raise DataError(f"{self._reader.path} has {self.num_frames} frames, its annotation goes up to frame "
-                            f"{annotated[-1]} ({self._jsons[0]}); restore the video, or name {self.name!r} in "
-                            "`exclude`")
+            raise DataError(
+                f"{self._reader.path} has {self.num_frames} frames, its annotation goes up to frame "
+                f"{annotated[-1]} ({self._jsons[0]}); restore the video, or name {self.name!r} in "
+                "`exclude`"
+            )
         return annotated
 
 
@@ -107,8 +109,9 @@ class _Masklets:
         return _DEFAULT_STEP
 
     def _broken(self, what: str) -> DataError:
-        return DataError(f"{self.path} is not a SA-V annotation: {what}; restore the file, or name the video in "
-                         "`exclude`")
+        return DataError(
+            f"{self.path} is not a SA-V annotation: {what}; restore the file, or name the video in `exclude`"
+        )
 
 
 class SavDataset:
@@ -137,15 +140,19 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
                 jsons.setdefault(file.removesuffix(f"_{kind}.json"), []).append(folder / file)
     if not jsons:
         wanted = " or ".join(f"*_{kind}.json" for kind in kinds)
-        raise DataError(f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
-                        "they lie elsewhere) or `sav_annotations`")
+        raise DataError(
+            f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
+            "they lie elsewhere) or `sav_annotations`"
+        )
     videos = {Path(file).stem: folder / file for folder, files in list_files(root, (".mp4",)) for file in files}
     names = sorted(jsons)
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in videos]
     if lost:
-        raise DataError(f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
-                        f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`")
+        raise DataError(
+            f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
+            f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`"
+        )
     return SavDataset(name, [(video, videos[video], jsons[video]) for video in names])
 
 

@@ -25,15 +25,19 @@ def select(names: Sequence[str], config: DatasetConfig, dataset: str, seed: int)
         matched = {pattern: _matching(pattern, names) for pattern in config.include}
         for pattern, found in matched.items():
             if not found.any():
-                raise DataError(f"dataset {dataset!r}: include pattern {pattern!r} matches none of its {len(names)} "
-                                f"names{_nearest(pattern, names)}")
+                raise DataError(
+                    f"dataset {dataset!r}: include pattern {pattern!r} matches none of its {len(names)} "
+                    f"names{_nearest(pattern, names)}"
+                )
         keep = keep[np.logical_or.reduce(list(matched.values()))]
     if config.exclude:
         dropped = np.logical_or.reduce([_matching(pattern, names) for pattern in config.exclude])
         keep = keep[~dropped[keep]]
         if not len(keep):
-            raise DataError(f"dataset {dataset!r}: exclude {list(config.exclude)} leaves none of its {len(names)} "
-                            f"names ({shorten(names)}); exclude less")
+            raise DataError(
+                f"dataset {dataset!r}: exclude {list(config.exclude)} leaves none of its {len(names)} "
+                f"names ({shorten(names)}); exclude less"
+            )
     if config.fraction < 1:
         count = max(1, round(config.fraction * len(keep)))
         keep = np.sort(np.random.default_rng(seed).permutation(keep)[:count])

@@ -53,9 +53,11 @@ class FolderVideo:
             images.append(decode_image(read_bytes(path), path))
             if images[-1].shape[:2] != self.size:
                 height, width = images[-1].shape[:2]
-                raise DataError(f"{path} is {width} x {height}, the first frame of the video {self.size[1]} x "
-                                f"{self.size[0]} (width x height); give all frames one size, or name the video in "
-                                "`exclude`")
+                raise DataError(
+                    f"{path} is {width} x {height}, the first frame of the video {self.size[1]} x "
+                    f"{self.size[0]} (width x height); give all frames one size, or name the video in "
+                    "`exclude`"
+                )
         return images
 
     def masks(self, frame: int) -> FrameMasks:
@@ -75,8 +77,9 @@ class FolderVideo:
     def _frame_files(self) -> list[Path]:
         by_key = _by_key(self._frames_folder, IMAGE_SUFFIXES)
         if not by_key:
-            raise DataError(f"{self._frames_folder} holds no JPEG or PNG frames; add them, or name video {self.name!r} "
-                            "in `exclude`")
+            raise DataError(
+                f"{self._frames_folder} holds no JPEG or PNG frames; add them, or name video {self.name!r} in `exclude`"
+            )
         return list(by_key.values())
 
     @cached_property
@@ -93,15 +96,18 @@ class FolderVideo:
             for key, path in _by_key(folder, (".png",)).items():
                 found.setdefault(self._frame_of(key, path, numbers), {})[object_id] = path
         if not found:
-            raise DataError(f"{self._masks_folder} holds no mask PNGs; add them, or name video {self.name!r} in "
-                            "`exclude`")
+            raise DataError(
+                f"{self._masks_folder} holds no mask PNGs; add them, or name video {self.name!r} in `exclude`"
+            )
         return dict(sorted(found.items()))
 
     def _frame_of(self, key: _Key, mask: Path, numbers: dict[_Key, int]) -> int:
         if key not in numbers:
-            raise DataError(f"mask {mask} has no frame of that name in {self._frames_folder}, which holds "
-                            f"{len(numbers)} frames ({shorten([path.name for path in self._frame_files])}); remove the "
-                            f"mask, add the frame, or name video {self.name!r} in `exclude`")
+            raise DataError(
+                f"mask {mask} has no frame of that name in {self._frames_folder}, which holds "
+                f"{len(numbers)} frames ({shorten([path.name for path in self._frame_files])}); remove the "
+                f"mask, add the frame, or name video {self.name!r} in `exclude`"
+            )
         return numbers[key]
 
 
@@ -125,8 +131,10 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
     found = find_folders(config)
     if found is None:
         wanted = " or ".join(f"{frames}/ with {masks}/" for frames, masks in _PAIRS)
-        raise DataError(f"dataset {name!r}: {config.root} does not hold frames and masks; expected {wanted} in it, or "
-                        "set `root` to the folder of frames and `annotations` to that of masks")
+        raise DataError(
+            f"dataset {name!r}: {config.root} does not hold frames and masks; expected {wanted} in it, or "
+            "set `root` to the folder of frames and `annotations` to that of masks"
+        )
     frames_root, masks_root = found
     if _by_key(frames_root, IMAGE_SUFFIXES):  # a single video, without a folder of its own
         single = Path(config.root).resolve().name
@@ -139,12 +147,16 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in frames]
     if lost:
-        raise DataError(f"dataset {name!r}: {len(lost)} videos have masks in {masks_root} but no frames in "
-                        f"{frames_root}: {shorten(lost)}; add the frames, or name the videos in `exclude`")
+        raise DataError(
+            f"dataset {name!r}: {len(lost)} videos have masks in {masks_root} but no frames in "
+            f"{frames_root}: {shorten(lost)}; add the frames, or name the videos in `exclude`"
+        )
     usable = [(video, frames[video], masks[video]) for video in names if video in masks]
     if not usable:
-        raise DataError(f"dataset {name!r}: none of its {len(names)} videos ({shorten(names)}) has masks in "
-                        f"{masks_root}; expected a folder of the same name there")
+        raise DataError(
+            f"dataset {name!r}: none of its {len(names)} videos ({shorten(names)}) has masks in "
+            f"{masks_root}; expected a folder of the same name there"
+        )
     return VideoFolder(name, usable)
 
 
@@ -163,8 +175,10 @@ def find_folders(config: DatasetConfig) -> tuple[Path, Path] | None:
 
 def _descend(folder: Path) -> Path:
     """Into the resolution folder that DAVIS puts between (JPEGImages/480p); the smallest where there are several."""
-    inside = sorted((path for path in folder.iterdir() if path.is_dir() and _RESOLUTION.fullmatch(path.name)),
-                    key=lambda path: (not path.name[0].isdigit(), len(path.name), path.name))
+    inside = sorted(
+        (path for path in folder.iterdir() if path.is_dir() and _RESOLUTION.fullmatch(path.name)),
+        key=lambda path: (not path.name[0].isdigit(), len(path.name), path.name),
+    )
     return inside[0] if inside else folder
 
 
