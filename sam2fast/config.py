@@ -32,7 +32,7 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -54,6 +54,11 @@ class ModelConfig(Section):
     local_memory_init: bool = False
     """Random weights whose memory attention looks at the same place of other frames from the start (off: as
     official)."""
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, float) else value  # YAML reads 2.0 as a number
 
     @field_validator("image_size")
     @classmethod
@@ -313,7 +318,7 @@ class DataConfig(Section):
 
     root: str | None = None
     """Shorthand: interpolate it in the datasets as ${data.root}."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=128)] = 2
     """Loader processes of each rank, for each dataset that the stage reads."""
     datasets: dict[str, DatasetConfig]
 
@@ -323,7 +328,7 @@ class Config(Section):
 
     name: Name
     output_dir: str = "runs/${name}"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     log_every: Positive = 10

@@ -39,7 +39,10 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
             )
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path} cannot be read: {reason}; compare it with the configs that ship with sam2fast"
+        ) from None
     return parse_config(values, source=str(path))
 
 

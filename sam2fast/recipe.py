@@ -143,6 +143,10 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
             seed = [config.seed, state.stage, index]
             clips.append(ClipDataset(run.datasets[item.dataset], item, stage.augment, config.model.image_size, seed))
         validation = _Validation(run, state, engine)
+        run.telemetry.progress.message(
+            f"stage {stage.name}: {stage.steps} steps, {config.precision}, {ranks.world_size} x {ranks.device.type}, "
+            f"{engine.layout['engine']} engine; the first numbers come after {config.log_every} steps"
+        )
         StageTrainer(config, state, engine, clips, ranks, run.store, run.telemetry, validation).train()
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")

@@ -16,17 +16,19 @@ def use_checkout() -> None:
     """
     folder = Path(__file__).resolve().parent
     root = folder.parent
+    packages = {"sam2fast": folder, "sam2fast_kernels": root / "kernels"}
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
     if not (root / "kernels" / "__init__.py").is_file():
         return  # installed: both packages are importable already
-    sys.path.insert(0, str(root))
-    if importlib.util.find_spec("sam2fast_kernels") is None:
-        spec = importlib.util.spec_from_file_location(
-            "sam2fast_kernels", root / "kernels" / "__init__.py", submodule_search_locations=[str(root / "kernels")]
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["sam2fast_kernels"] = module
-        spec.loader.exec_module(module)
+    # By name, not by putting the root on sys.path: its folder kernels/ would hide the package `kernels`.
+    for name, package in packages.items():
+        if name not in sys.modules:
+            location = [str(package)]
+            spec = importlib.util.spec_from_file_location(
+                name, package / "__init__.py", submodule_search_locations=location
+            )
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -208,11 +208,18 @@ def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int
                 f"{config.deepspeed_config} sets {', '.join(refused)}, which sam2fast takes from its own config "
                 '(stages.*.optim, stages.*.accumulate, precision); remove these entries or set them to "auto"'
             )
+        if not isinstance(user.get("zero_optimization", {}), dict):
+            raise ConfigError(
+                f'{config.deepspeed_config}: zero_optimization must be an object, for example {{"stage": 2}}'
+            )
         settings.update({key: copy.deepcopy(value) for key, value in user.items() if key not in OWNED_KEYS})
     if config.zero_stage is not None:
         settings["zero_optimization"] = {**settings["zero_optimization"], "stage": config.zero_stage}
     settings["zero_optimization"].setdefault("stage", DEFAULT_STAGE)
-    sharded = settings["zero_optimization"]["stage"] > 0
+    stage = settings["zero_optimization"]["stage"]
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{config.deepspeed_config} sets ZeRO stage {stage!r}; choose 0, 1, 2 or 3")
+    sharded = stage > 0
     settings["gradient_clipping"] = optim.clip or 0.0 if sharded else 0.0
     return settings
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from sam2fast.config import EngineConfig, OptimConfig
 from sam2fast.parallel import Ranks, build_engine, setup, teardown
 

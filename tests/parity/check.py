@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import pickle
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE.parents[1], HERE):  # a bare checkout, whatever the working directory
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+if importlib.util.find_spec("sam2fast") is None:
+    # A bare checkout. Not otherwise: the folder kernels/ in it would hide the package `kernels` from others.
+    sys.path.insert(0, str(HERE.parents[1]))
 
 from sections import HEADER, Entry, OracleError, Report, wrap  # noqa: E402
 
