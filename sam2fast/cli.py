@@ -151,3 +151,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, REPOSITORY, TORCHRUN, losses, run, train
+from conftest import DEEPSPEED, PYTHON, TORCHRUN, losses, run, train
 
 from sam2fast.config_file import load_config
 from sam2fast.models.official import to_official
@@ -100,7 +100,7 @@ def test_evaluate_gives_the_scores_of_the_last_validation(runs: dict[str, Path],
     want = [line for line in lines if "val/davis_jf" in line][-1]
     arguments = ["evaluate", "--config", str(runs["python"] / "config.yaml"), f"output_dir={tmp_path}"]
     checkpoint = ["--checkpoint", str(runs["python"] / "export" / "model.pt")]
-    done = run([*PYTHON, "-m", "sam2fast.cli", *arguments, *checkpoint], cwd=REPOSITORY)
+    done = run([*PYTHON, "-m", "sam2fast.cli", *arguments, *checkpoint], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     got = dict(line.split() for line in done.stdout.splitlines() if line.startswith("val/"))
     assert abs(float(got["val/davis_jf"]) - want["val/davis_jf"]) < 1e-2

@@ -73,12 +73,12 @@ def test_killed_runs_end_with_the_same_weights(uninterrupted, tmp_path: Path, co
 def test_a_half_written_checkpoint_is_not_used(tmp_path: Path, exact_config: Path, synthetic: Path) -> None:
     output = tmp_path / "run"
     arguments = command(PYTHON, exact_config, synthetic, output, "checkpoint.every=2")
-    kill_at(arguments, output, 2)
+    kill_at(arguments, output, 3)  # the checkpoint of step 2 is whole by then
     checkpoints = output / "checkpoints"
-    partial = checkpoints / ".step_00000003.partial"
+    partial = checkpoints / ".step_00000004.partial"
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "torch.pt").write_bytes(b"half")
-    (partial / "state.json").write_text('{"state": {"step": 3, "global_step": 3}, "layout": {}}')
+    (partial / "state.json").write_text('{"state": {"step": 3, "global_step": 4}, "layout": {}}')
     done = run(arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(losses(output)) == [1, 2, 3, 4] and "continuing at step 2" in done.stdout
