@@ -66,7 +66,6 @@ class CheckpointStore:
         if self.ranks.main:
             header = {
                 "state": asdict(state),
-                "world_size": self.ranks.world_size,
                 "layout": engine.layout,
                 "torch": torch.__version__,
             }

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimConfig
-from .engine import StepResult, autocast, clip_on_device, group_settings, set_rates
+from .engine import StepResult, autocast, clip_on_device, evaluating, group_settings, set_rates
 from .mesh import Ranks
 
 BUCKET_BYTES = 25 * 2**20
@@ -91,13 +91,8 @@ class TorchEngine:
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                yield self.module
-        finally:
-            self.module.train(training)
+        with evaluating(self.module, self.autocast()):
+            yield self.module
 
     def close(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

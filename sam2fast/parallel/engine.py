@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +103,18 @@ AUTOCAST_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Mixed precision as the official trainer uses it: float32 weights, low-precision matmuls and convolutions."""
     return torch.autocast(device.type, AUTOCAST_DTYPE.get(precision), enabled=precision in AUTOCAST_DTYPE)
+
+
+@contextmanager
+def evaluating(module: nn.Module, precision: AbstractContextManager) -> Iterator[None]:
+    """`module` in eval mode, without gradients and under `precision`; its mode comes back afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), precision:
+            yield
+    finally:
+        module.train(training)
 
 
 def clip_on_device(params: list[nn.Parameter], max_norm: float | None) -> StepResult:

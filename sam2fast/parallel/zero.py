@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
-from .engine import StepResult, autocast, clip_on_device, group_settings, set_rates
+from .engine import StepResult, autocast, clip_on_device, evaluating, group_settings, set_rates
 from .mesh import Ranks
 
 DEFAULT_STAGE = 1
@@ -152,13 +152,8 @@ class DeepSpeedEngine:
             module = self.rebuild()
             module.load_state_dict(self.full_state_dict())
             module.to(self.ranks.device)
-        training = module.training
-        module.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                yield module
-        finally:
-            module.train(training)
+        with evaluating(module, self.autocast()):
+            yield module
 
     def close(self) -> None:
         self.engine.destroy()
