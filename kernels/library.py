@@ -1,28 +1,35 @@
-"""The `sam2fast::` operators: how one is registered, where its compiled form comes from, which back end runs.
+"""Operators `sam2fast::<name>`: how one is registered, where its compiled form comes from, which back end runs.
 
-Back ends: `reference` (plain PyTorch or Python, the ground truth, always there) and `cpp` (kernels/csrc, built by
-CMakeLists.txt when the package is installed beside a compiler). `auto` takes the fastest one that is present.
+Every operator has one overload for each of its back ends: `reference` (plain PyTorch or Python, the ground truth,
+always there), `cpp` (kernels/csrc, built by CMakeLists.txt when the package is installed beside a compiler; CPU) and
+`triton` (CUDA; with TRITON_INTERPRET=1 also CPU tensors, for tests). `auto` takes the fastest that fits the tensors.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils.flop_counter import register_flop_formula
 
-Backend = Literal["auto", "reference", "cpp"]
+Backend = Literal["auto", "reference", "cpp", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_REMEDY = (
     "install cmake and a C++20 compiler, then run in the checkout: pip install --no-deps --no-build-isolation -e ."
 )
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPERATORS = torch.library.Library("sam2fast", "FRAGMENT")
-_COMPILED: set[str] = set()
 
 
 @functools.cache
@@ -38,42 +45,116 @@ def load_native() -> bool:
     return True
 
 
-def register(name: str, signature: str, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Register `sam2fast::<name>`; on the CPU it runs the compiled form where there is one and `reference` elsewhere.
-
-    Args:
-        signature: the operator's schema without its name, `(Tensor x) -> Tensor`.
-        fake: computes shapes and dtypes of the outputs only, for torch.compile and FakeTensorMode.
-    """
-    _OPERATORS.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-    if load_native() and torch._C._dispatch_has_kernel_for_dispatch_key(f"sam2fast::{name}", "CPU"):
-        _COMPILED.add(name)
-    else:
-        _OPERATORS.impl(name, reference, "CPU")
-    torch.library.register_fake(f"sam2fast::{name}", fake, lib=_OPERATORS)
-    return getattr(torch.ops.sam2fast, name).default
+@functools.cache
+def _compiled() -> frozenset[str]:
+    """Names of the compiled operators."""
+    return frozenset(torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if load_native() else ())
 
 
-def choose_backend(name: str, requested: Backend, slower: str) -> Literal["reference", "cpp"]:
-    """The back end that runs `sam2fast::<name>`; `auto` without the compiled form warns once, with `slower` as reason.
+class Operator:
+    """`sam2fast::<name>` and its overloads, each with schema, fake implementation and (if any) autograd formula."""
 
-    Raises:
-        ValueError: unknown back end, or `cpp` asked for where it was not built.
-    """
-    if requested not in ("auto", "reference", "cpp"):
-        raise ValueError(f"unknown back end {requested!r} of sam2fast::{name}; valid: auto, reference, cpp")
-    if requested == "reference":
-        return "reference"
-    if name in _COMPILED:
-        return "cpp"
-    if requested == "cpp":
-        raise ValueError(f"back end 'cpp' of sam2fast::{name} was not built; {BUILD_REMEDY}, or choose 'auto'")
-    _warn_once(f"sam2fast_kernels has no compiled operators: {slower}; to change that, {BUILD_REMEDY}")
-    return "reference"
+    def __init__(
+        self,
+        name: str,
+        signature: str,
+        *,
+        reference: Callable,
+        fake: Callable,
+        triton: Callable | None = None,
+        kernel_dtypes: frozenset[torch.dtype] | None = None,
+        flops: Callable[..., int] | None = None,
+        slower: str = "",
+    ) -> None:
+        """Register the operator.
+
+        Args:
+            signature: the schema without its name, `(Tensor x) -> Tensor`.
+            fake: computes shapes and dtypes of the outputs only, for torch.compile and FakeTensorMode.
+            triton: launches the Triton kernels; imports them, and Triton, when it is called.
+            kernel_dtypes: dtypes of the first argument that `cpp` and `triton` take; None for all.
+            flops: arithmetic of a call from the shapes of its arguments, for torch.utils.flop_counter.
+            slower: what a user loses where `auto` falls back to `reference`.
+        """
+        self.name = name
+        self.overloads: dict[str, OpOverload] = {}
+        self._kernel_dtypes = kernel_dtypes
+        self._slower = slower
+        self._define("reference", signature, fake, reference)
+        if f"sam2fast::{name}.cpp" in _compiled():
+            self._define("cpp", signature, fake, None)
+        if triton is not None:
+            self._define("triton", signature, fake, triton)
+        if flops is not None:
+            register_flop_formula(getattr(torch.ops.sam2fast, name))(flops)
+
+    def _define(self, backend: str, signature: str, fake: Callable, run: Callable | None) -> None:
+        overload = f"{self.name}.{backend}"
+        _OPERATORS.define(overload + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        if run is not None:
+            _OPERATORS.impl(overload, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sam2fast::{overload}", fake, lib=_OPERATORS)
+        self.overloads[backend] = getattr(getattr(torch.ops.sam2fast, self.name), backend)
+
+    def differentiate(self, gradient: Operator, backward: Callable, setup_context: Callable) -> None:
+        """Set the autograd formula, `backward(ctx, run, *grads)` with `run` the same back end of `gradient`."""
+        for backend in self.overloads:
+            torch.library.register_autograd(
+                f"sam2fast::{self.name}.{backend}",
+                functools.partial(_call_backward, backward, gradient.overloads[backend]),
+                setup_context=setup_context,
+                lib=_OPERATORS,
+            )
+
+    def choose(self, requested: Backend, tensor: Tensor) -> OpOverload:
+        """The overload that runs on `tensor`; `auto` without the kernel of its device warns once.
+
+        Raises:
+            ValueError: unknown back end, or one that does not run on this tensor or was not built.
+        """
+        if requested not in BACKENDS:
+            raise ValueError(f"unknown back end {requested!r} of sam2fast::{self.name}; valid: {', '.join(BACKENDS)}")
+        if requested == "auto":
+            requested = self._fastest(tensor)
+        elif requested != "reference" and (obstacle := self._obstacle(requested, tensor)):
+            raise ValueError(f"back end {requested!r} of sam2fast::{self.name} {obstacle}, or choose 'auto'")
+        return self.overloads[requested]
+
+    def _fastest(self, tensor: Tensor) -> str:
+        kernel = {"cpu": "cpp", "cuda": "triton"}.get(tensor.device.type)
+        if kernel is None or (self._kernel_dtypes and tensor.dtype not in self._kernel_dtypes):
+            return "reference"
+        obstacle = self._obstacle(kernel, tensor)
+        if obstacle:
+            _warn_once(f"sam2fast::{self.name} runs as plain PyTorch, {self._slower}: back end {kernel!r} {obstacle}")
+            return "reference"
+        return kernel
+
+    def _obstacle(self, backend: str, tensor: Tensor) -> str | None:
+        """Why this back end cannot run on the tensor, and the remedy; None where it can."""
+        if self._kernel_dtypes and tensor.dtype not in self._kernel_dtypes:
+            takes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._kernel_dtypes))
+            return f"takes {takes}, not {str(tensor.dtype).removeprefix('torch.')}: use 'reference'"
+        device = tensor.device.type
+        if backend == "cpp":
+            if device != "cpu":
+                return f"runs on the CPU, the tensors are on {device}: move them"
+            return None if "cpp" in self.overloads else f"was not built; {BUILD_REMEDY}"
+        if "triton" not in self.overloads:
+            return "does not exist: use 'reference'"
+        if not _HAS_TRITON:
+            return "needs Triton: pip install triton"
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"runs on CUDA, the tensors are on {device}: move them, or set TRITON_INTERPRET=1 to test it slowly"
+        return None
+
+
+def _call_backward(backward: Callable, run: OpOverload, ctx, *grads):
+    return backward(ctx, run, *grads)
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     worker = torch.utils.data.get_worker_info()
     if worker is None or worker.id == 0:
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)

@@ -207,6 +207,11 @@ class LossConfig(Section):
     supervise_all_iou: bool = True
     object_score_gamma: NonNegative = 0.0
     object_score_alpha: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    fused: bool = True
+    """Focal, dice and IoU by the fused kernel, which stores no mask at full resolution; off is plain PyTorch."""
+    sampled_points: Annotated[int, Field(ge=0)] = 0
+    """Focal and dice on this many pixels of each mask instead of all, most of them uncertain ones (PointRend). Another
+    objective than that of SAM 2, so 0, off, by default."""
 
 
 class OptimConfig(Section):

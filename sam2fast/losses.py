@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam2fast_kernels.mask_loss import mask_loss, sampled_mask_loss
+
 from .config import LossConfig
 
 
@@ -62,7 +64,7 @@ class SegmentationLoss(nn.Module):
         terms = dict.fromkeys(names, masks.new_zeros((), dtype=torch.float32))
         for predictions, target, visible in zip(frames, masks, present, strict=True):
             for prediction in predictions:
-                for name, value in self._prediction_terms(prediction, target.unsqueeze(1), visible).items():
+                for name, value in self._prediction_terms(prediction, target, visible).items():
                     terms[name] = terms[name] + value
         if self.config.temporal > 0:
             logits = [_most_confident(predictions[-1]) for predictions in frames]
@@ -73,28 +75,12 @@ class SegmentationLoss(nn.Module):
         return {name: value.detach() for name, value in terms.items()} | {"total": total}
 
     def _prediction_terms(self, prediction: MaskPrediction, target: Tensor, visible: Tensor) -> dict[str, Tensor]:
-        """Terms of one click, summed over objects; `target` is bool [N, 1, H, W] and `visible` bool [N]."""
+        """Terms of one click, summed over objects; `target` is bool [N, H, W] and `visible` bool [N]."""
         config = self.config
-        logits = _at_least_float32(prediction.low_res if prediction.full_res is None else prediction.full_res)
-        iou_error = _at_least_float32(prediction.ious)  # [N, M]
-        if logits.shape[1] == 1:
-            logits = _upsample(logits, target)
-            iou_error = iou_error - mask_iou(logits, target)
-        else:
-            # Gradients reach the chosen candidate alone, so the others are looked at without a graph.
-            with torch.no_grad():
-                candidates = _upsample(logits, target)  # [N, M, H, W]
-                focal = focal_loss(candidates, target, config.focal_alpha, config.focal_gamma)
-                chosen = (config.focal * focal + config.dice * dice_loss(candidates, target)).argmin(1, keepdim=True)
-                true_iou = mask_iou(candidates, target)
-            iou_error = iou_error - true_iou
-            if not config.supervise_all_iou:
-                iou_error = iou_error.gather(1, chosen)
-            logits = _upsample(torch.take_along_dim(logits, chosen[:, :, None, None], 1), target)
-
-        focal = focal_loss(logits, target, config.focal_alpha, config.focal_gamma).squeeze(1)  # [N]
-        dice = dice_loss(logits, target).squeeze(1)
-        iou = (iou_error.abs() if config.iou_l1 else iou_error.square()).mean(1)
+        focal, dice, iou = self._candidate_terms(prediction, target)  # [N, M]
+        chosen = (config.focal * focal + config.dice * dice).detach().argmin(1, keepdim=True)
+        focal, dice = focal.gather(1, chosen).squeeze(1), dice.gather(1, chosen).squeeze(1)  # [N]
+        iou = (iou if config.supervise_all_iou else iou.gather(1, chosen)).mean(1)
         if prediction.object_score is None:
             return {"focal": focal.sum(), "dice": dice.sum(), "iou": iou.sum()}
         score = _at_least_float32(prediction.object_score).squeeze(1)  # [N]
@@ -106,6 +92,30 @@ class SegmentationLoss(nn.Module):
             "object_score": score_loss.sum(),
             "missed_focal": (focal.detach() * (visible & (score <= 0))).sum(),
         }
+
+    def _candidate_terms(self, prediction: MaskPrediction, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Focal, dice and IoU loss of every candidate, [N, M]; `target` is bool [N, H, W]."""
+        config = self.config
+        logits = prediction.low_res if prediction.full_res is None else prediction.full_res
+        if config.fused or config.sampled_points:
+            options = {
+                "gamma": config.focal_gamma,
+                "alpha": config.focal_alpha if config.focal_alpha >= 0 else None,
+                "iou_loss": "l1" if config.iou_l1 else "mse",
+            }
+            if config.sampled_points:
+                losses = sampled_mask_loss(logits, target, prediction.ious, config.sampled_points, **options)
+            else:
+                losses = mask_loss(logits, target, prediction.ious, **options)
+            return losses.focal, losses.dice, losses.iou_loss
+        target = target.unsqueeze(1)
+        logits = _upsample(_at_least_float32(logits), target)  # [N, M, H, W]
+        iou_error = _at_least_float32(prediction.ious) - mask_iou(logits, target)
+        return (
+            focal_loss(logits, target, config.focal_alpha, config.focal_gamma),
+            dice_loss(logits, target),
+            iou_error.abs() if config.iou_l1 else iou_error.square(),
+        )
 
     def _weighted(self, terms: dict[str, Tensor], names: Sequence[str]) -> Tensor:
         weights = {name: getattr(self.config, name) for name in names}

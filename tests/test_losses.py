@@ -83,7 +83,9 @@ def loop_losses(clips, masks, config, num_objects):
         LossConfig(focal_alpha=0.1, focal_gamma=0),
     ],
 )
-def test_terms_and_gradients_equal_their_definition(config):
+@pytest.mark.parametrize("fused", [True, False])
+def test_terms_and_gradients_equal_their_definition(config, fused):
+    config = config.model_copy(update={"fused": fused})
     clips, masks = random_batch()
     losses = SegmentationLoss(config)(clips, masks, num_objects=4)
     want = loop_losses(clips, masks, config, num_objects=4)

@@ -138,5 +138,5 @@ std::tuple<Tensor, Tensor> rle_decode(Tensor counts, Tensor offsets, int64_t hei
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sam2fast, CPU, m) {
-  m.impl("rle_decode", TORCH_BOX(&rle_decode));
+  m.impl("rle_decode.cpp", TORCH_BOX(&rle_decode));
 }

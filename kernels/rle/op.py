@@ -44,10 +44,7 @@ def decode(
     joined = bytearray(b"".join(texts))
     stream = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
 
-    slower = "COCO run-length masks are decoded in Python, about ten times slower"
-    chosen = library.choose_backend("rle_decode", backend, slower)
-    run = reference.decode if chosen == "reference" else rle_decode
-    masks, status = run(stream, offsets, height, width)
+    masks, status = rle_decode.choose(backend, stream)(stream, offsets, height, width)
     for n, (fault, detail) in enumerate(status.tolist()):
         if fault != Fault.NONE:
             raise RleError(f"mask {n}: {_explain(Fault(fault), detail, height, width)}")
@@ -96,9 +93,10 @@ def _fake(counts: Tensor, offsets: Tensor, height: int, width: int) -> tuple[Ten
     return counts.new_empty((masks, height, width), dtype=torch.bool), offsets.new_empty((masks, 2))
 
 
-rle_decode = library.register(
+rle_decode = library.Operator(
     "rle_decode",
     "(Tensor counts, Tensor offsets, int height, int width) -> (Tensor masks, Tensor status)",
-    reference.decode,
-    _fake,
+    reference=reference.decode,
+    fake=_fake,
+    slower="about ten times slower",
 )

@@ -15,11 +15,12 @@ from pycocotools import mask as coco
 
 from sam2fast_kernels import library
 from sam2fast_kernels.rle import RleError, decode, reference
+from sam2fast_kernels.rle.op import rle_decode
 
-OPERATOR = torch.ops.sam2fast.rle_decode
 SHAPES = [(1, 1), (1, 7), (9, 1), (13, 5), (64, 64), (37, 111)]
 
 needs_cpp = pytest.mark.skipif(not library.load_native(), reason="the compiled operators are not built")
+OPERATORS = [pytest.param(run, id=backend) for backend, run in rle_decode.overloads.items()]
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 
 
@@ -140,7 +141,7 @@ def test_back_ends_agree_on_corrupt_counts(poison_empty):
     offsets = torch.tensor([0, *np.cumsum([len(text) for text in texts])])
     stream = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
 
-    masks, status = OPERATOR(stream, offsets, *size)
+    masks, status = rle_decode.overloads["cpp"](stream, offsets, *size)
     expected_masks, expected_status = reference.decode(stream, offsets, *size)
     assert torch.equal(status, expected_status)
     assert torch.equal(masks, expected_masks)
@@ -148,14 +149,14 @@ def test_back_ends_agree_on_corrupt_counts(poison_empty):
     assert not masks[status[:, 0] != 0].any()
 
 
-@pytest.mark.parametrize("run", [pytest.param(OPERATOR, marks=needs_cpp), reference.decode], ids=["cpp", "reference"])
+@pytest.mark.parametrize("run", OPERATORS)
 @pytest.mark.parametrize("offsets", [[0, 4], [0, 2], [1, 3], [0, 2, 1, 3], [-1, 3], [0, 2**62, 3], []])
 def test_offsets_cannot_leave_the_counts(run, offsets):
     with pytest.raises(RuntimeError, match="offsets must rise from 0"):
         run(torch.full((3,), 49, dtype=torch.uint8), torch.tensor(offsets, dtype=torch.int64), 2, 2)
 
 
-@pytest.mark.parametrize("run", [pytest.param(OPERATOR, marks=needs_cpp), reference.decode], ids=["cpp", "reference"])
+@pytest.mark.parametrize("run", OPERATORS)
 def test_wrong_types_are_refused(run):
     counts, offsets = torch.full((1,), 52, dtype=torch.uint8), torch.tensor([0, 1])
     assert run(counts, offsets, 2, 2)[1].tolist() == [[0, 0]]
@@ -176,7 +177,7 @@ def test_strided_input():
     stream, offsets = b"".join(encode(masks)), torch.tensor([0, *np.cumsum([len(text) for text in encode(masks)])])
     spread = torch.frombuffer(bytearray(stream), dtype=torch.uint8).repeat_interleave(2)[::2]
     assert not spread.is_contiguous()
-    assert torch.equal(OPERATOR(spread, offsets.repeat_interleave(3)[::3], 13, 5)[0], masks)
+    assert torch.equal(rle_decode.overloads["cpp"](spread, offsets.repeat_interleave(3)[::3], 13, 5)[0], masks)
 
 
 @needs_cpp
@@ -190,14 +191,15 @@ def test_threads_do_not_change_the_result():
         torch.set_num_threads(before)
 
 
-def test_operator_passes_opcheck_and_compiles():
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_passes_opcheck_and_compiles(operator):
     masks = random_masks((13, 5), seed=5)
     texts = encode(masks)
     stream = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
     offsets = torch.tensor([0, *np.cumsum([len(text) for text in texts])])
-    torch.library.opcheck(OPERATOR.default, (stream, offsets, 13, 5))
+    torch.library.opcheck(operator, (stream, offsets, 13, 5))
 
-    compiled = torch.compile(lambda *args: OPERATOR(*args)[0].sum((1, 2)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *args: operator(*args)[0].sum((1, 2)), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(stream, offsets, 13, 5), masks.sum((1, 2)))
 
 

@@ -50,7 +50,8 @@ class Prediction:
 def check(data: Entry, report: Report) -> None:
     for case, want in data.items():
         if case not in ("inputs", "per_mask"):
-            _check_variant(case, data["inputs"], want, report.at(case=case))
+            for fused in (True, False):
+                _check_variant(case, data["inputs"], want, fused, report.at(case=case if fused else f"{case} plain"))
     inputs, want = data["inputs"], data["per_mask"]
     logits, target = inputs["logits"][0][0], inputs["masks"][0].unsqueeze(1)
     report = report.at(case="per_mask")
@@ -59,12 +60,14 @@ def check(data: Entry, report: Report) -> None:
     report.compare("iou_l1", (inputs["ious"][0][0] - mask_iou(logits, target)).abs(), want["iou_l1"], IOU)
 
 
-def _check_variant(case: str, inputs: Entry, want: Entry, report: Report) -> None:
+def _check_variant(case: str, inputs: Entry, want: Entry, fused: bool, report: Report) -> None:
     if case not in VARIANTS:
         raise OracleError(f"{want.path}: unknown loss variant; known: {', '.join(VARIANTS)}")
     frames = _predictions(inputs, with_score=case != "no_obj")
     masks = inputs["masks"]
-    losses = SegmentationLoss(LossConfig(**VARIANTS[case]))(frames, masks, num_objects=max(1, masks.shape[1]))
+    losses = SegmentationLoss(LossConfig(**VARIANTS[case], fused=fused))(
+        frames, masks, num_objects=max(1, masks.shape[1])
+    )
     losses["total"].backward()
 
     for ours, official in OFFICIAL_NAMES.items():
