@@ -3,6 +3,7 @@
 #   make env         create .venv with pinned versions and install sam2fast into it, editable
 #   make test        all tests (ARGS="-m 'not slow'" or ARGS=tests/kernels for a part)
 #   make quickstart  synthetic data, three training stages, validation and export on a CPU
+#   make bench       the mask loss beside official PyTorch code (ARGS="click_sampling --threads 2": see benchmarks/)
 #   make clean       remove .venv and what builds leave behind
 #
 # PYTHON chooses the interpreter (3.11 or newer) and VENV the folder: make env PYTHON=python3.12 VENV=/scratch/venv.
@@ -21,7 +22,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input 
 # A virtual environment has absolute paths inside: one that was copied along with the checkout must be made anew.
 PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
 
-.PHONY: env test quickstart clean
+.PHONY: env test quickstart bench clean
 
 env: $(VENV)/.package-$(PLACE)
 
@@ -30,6 +31,9 @@ test: env
 
 quickstart: env
 	$(VENV)/bin/sam2fast quickstart
+
+bench: env
+	$(VENV)/bin/python benchmarks/run.py $(or $(ARGS),mask_loss)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/_native.so .pytest_cache .ruff_cache

@@ -4,7 +4,11 @@ Every operator has a folder with its derivation (README.md), its ground truth in
 public functions (op.py). Compiled and Triton back ends are optional; see `sam2fast_kernels.library`.
 """
 
-from . import mask_loss, rle
+if __name__ == "kernels":
+    # A checkout on sys.path, where transformers and others look for the package `kernels`.
+    raise ImportError("this folder is the source of sam2fast_kernels, not the package `kernels`: take it off sys.path")
+
+from . import click_sampling, mask_loss, rle, upsample
 from .masks import pack_masks, unpack_masks
 
-__all__ = ["mask_loss", "pack_masks", "rle", "unpack_masks"]
+__all__ = ["click_sampling", "mask_loss", "pack_masks", "rle", "unpack_masks", "upsample"]

@@ -18,7 +18,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils.flop_counter import register_flop_formula
 
 Backend = Literal["auto", "reference", "cpp", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -29,6 +28,7 @@ BUILD_REMEDY = (
 )
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_FLOP_FORMULAS: dict[str, Callable[..., int]] = {}
 _OPERATORS = torch.library.Library("sam2fast", "FRAGMENT")
 
 
@@ -73,7 +73,7 @@ class Operator:
             fake: computes shapes and dtypes of the outputs only, for torch.compile and FakeTensorMode.
             triton: launches the Triton kernels; imports them, and Triton, when it is called.
             kernel_dtypes: dtypes of the first argument that `cpp` and `triton` take; None for all.
-            flops: arithmetic of a call from the shapes of its arguments, for torch.utils.flop_counter.
+            flops: arithmetic of a call from the shapes of its arguments, see `register_flop_formulas`.
             slower: what a user loses where `auto` falls back to `reference`.
         """
         self.name = name
@@ -86,7 +86,7 @@ class Operator:
         if triton is not None:
             self._define("triton", signature, fake, triton)
         if flops is not None:
-            register_flop_formula(getattr(torch.ops.sam2fast, name))(flops)
+            _FLOP_FORMULAS[name] = flops
 
     def _define(self, backend: str, signature: str, fake: Callable, run: Callable | None) -> None:
         overload = f"{self.name}.{backend}"
@@ -151,6 +151,17 @@ class Operator:
 
 def _call_backward(backward: Callable, run: OpOverload, ctx, *grads):
     return backward(ctx, run, *grads)
+
+
+def register_flop_formulas() -> None:
+    """Let torch.utils.flop_counter.FlopCounterMode count these operators. Importing it imports Triton, so not by
+    default."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in _FLOP_FORMULAS.items():
+        operator = getattr(torch.ops.sam2fast, name)
+        if operator not in flop_registry:
+            register_flop_formula(operator)(formula)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def upsampling_factor(logits: Tensor, targets: Tensor, packed: bool) -> int:
     if not logits.is_floating_point() or logits.dim() < 3:
         raise ValueError(f"logits must be floating point [N, ..., h, w], not {logits.dtype} {list(logits.shape)}")
     if targets.dtype not in ((torch.uint8,) if packed else (torch.bool, torch.uint8)) or targets.dim() != 3:
-        want = "packed targets must be uint8 [N, H, ceil(W / 8)]" if packed else "targets must be bool or uint8 [N, H, W]"
+        want = "packed targets must be uint8 [N, H, ceil(W/8)]" if packed else "targets must be bool or uint8 [N, H, W]"
         raise ValueError(f"{want}, not {targets.dtype} {list(targets.shape)}")
     if logits.device != targets.device:
         raise ValueError(f"logits are on {logits.device}, targets on {targets.device}: move one of them")

@@ -54,6 +54,9 @@ class ModelConfig(Section):
     local_memory_init: bool = False
     """Random weights whose memory attention looks at the same place of other frames from the start (off: as
     official)."""
+    recompute: Literal["none", "decoder"] = "decoder"
+    """Activations that the backward pass computes again instead of keeping them: none, or those of prompt encoder and
+    mask decoder, of which every click of every object has its own. The same numbers for another forward of both."""
 
     @field_validator("version", mode="before")
     @classmethod

@@ -102,7 +102,8 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
             drop_path=settings.drop_path,
             memory_dropout=settings.memory_dropout,
             multimask_tracking=settings.multimask_tracking,
-        )
+        ),
+        recompute=settings.recompute,
     )
     if settings.local_memory_init:
         model.memory_attention.attend_locally()

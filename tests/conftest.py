@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
 import sam2fast.compat  # noqa: F401  (before any test imports torchvision, timm or transformers)
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
@@ -55,6 +58,11 @@ def plain_wheel(tmp_path_factory) -> tuple[Path, str]:
     """A wheel built where neither cmake nor a compiler is on PATH."""
     empty = tmp_path_factory.mktemp("path")
     return build_wheel(tmp_path_factory.mktemp("plain"), PATH=str(empty), CXX="")
+
+
+@pytest.fixture(scope="module")
+def compiled_wheel(tmp_path_factory) -> tuple[Path, str]:
+    return build_wheel(tmp_path_factory.mktemp("compiled"))
 
 
 def contents(wheel: Path) -> set[str]:
@@ -125,8 +133,8 @@ def test_console_script_is_declared(plain_wheel):
 
 
 @needs_compiler
-def test_compiled_library_is_built_and_found(tmp_path):
-    wheel, _ = build_wheel(tmp_path / "build")
+def test_compiled_library_is_built_and_found(compiled_wheel, tmp_path):
+    wheel, _ = compiled_wheel
     assert "sam2fast_kernels/_native.so" in contents(wheel)
     install(wheel, tmp_path / "site")
     program = (
@@ -148,8 +156,6 @@ def test_failing_compilation_does_not_fail_the_installation(tmp_path):
 
 
 def test_pins_lie_within_the_declared_ranges():
-    from packaging.requirements import Requirement
-
     pinned = {}
     for name in ("torch-cpu.txt", "runtime.txt", "test.txt"):
         for line in (ROOT / "requirements" / name).read_text().splitlines():
@@ -169,3 +175,39 @@ def test_cpu_and_cuda_builds_are_the_same_version_of_torch():
     files = [ROOT / "requirements" / name for name in ("torch-cpu.txt", "torch-cuda.txt", "constraints.txt")]
     pins = [re.findall(r"^torch={2,3}([\d.]+)$", file.read_text(), re.MULTILINE) for file in files]
     assert len(pins[0]) == 1 and pins[0] == pins[1] == pins[2]
+
+
+def link_torch_only(target: Path) -> None:
+    """Fill `target` with links to torch and what torch itself requires, and to no other package."""
+    wanted, done = ["torch"], set()
+    while wanted:
+        name = wanted.pop()
+        if name in done:
+            continue
+        done.add(name)
+        distribution = importlib.metadata.distribution(name)
+        for top in {Path(file).parts[0] for file in distribution.files if not Path(file).parts[0].startswith("..")}:
+            if not (target / top).exists():
+                (target / top).symlink_to(distribution.locate_file(top))
+        for requirement in map(Requirement, distribution.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # CUDA parts of a CPU torch
+                    importlib.metadata.distribution(requirement.name)
+                    wanted.append(requirement.name)
+
+
+@pytest.mark.parametrize("wheel", ["plain_wheel", pytest.param("compiled_wheel", marks=needs_compiler)])
+def test_snippet_of_the_docs_needs_torch_and_the_wheel_only(wheel, tmp_path, request):
+    """The code of docs/kernels.md as it stands there, in an interpreter that has no other package."""
+    (snippet,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), re.DOTALL)
+    link_torch_only(tmp_path)
+    install(request.getfixturevalue(wheel)[0], tmp_path)
+    absent = "[name for name in ('timm', 'deepspeed', 'pydantic') if importlib.util.find_spec(name) is None]"
+    program = f"import importlib.util, sys\nsys.path.insert(0, {str(tmp_path)!r})\n{snippet}\nprint({absent})"
+    # -I -S: no site-packages, no environment variables.
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loss, packages = done.stdout.splitlines()
+    assert loss.startswith("loss ") and float(loss.split()[1]) < 3
+    assert ("runs as plain PyTorch" in done.stderr) == (wheel == "plain_wheel")
+    assert packages == "['timm', 'deepspeed', 'pydantic']"

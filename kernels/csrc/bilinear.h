@@ -1,12 +1,10 @@
-// Low-resolution logits seen as full-resolution rows, one at a time (the geometry is described in rows.h), and the masks
-// that they are compared with.
+// Low-resolution logits seen as full-resolution rows, one at a time (the geometry is described in rows.h), and the
+// masks that they are compared with.
 
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -47,55 +45,37 @@ struct Axis {
   int64_t offset() const { return factor - factor / 2; }  // where index 0 lies in that buffer
 };
 
-// One [h, w] plane of a tensor of any floating dtype and strides.
+inline bool is_kernel_dtype(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline Format format_of(ScalarType kernel_dtype) {
+  if (kernel_dtype == ScalarType::Float) return Format::float32;
+  return kernel_dtype == ScalarType::BFloat16 ? Format::bfloat16 : Format::float16;
+}
+
+inline int64_t bytes_of(Format format) { return format == Format::float32 ? 4 : 2; }
+
+// One [h, w] plane of a tensor of any kernel dtype and strides.
 struct Plane {
   const void* data;
   ScalarType type;
   int64_t row_stride, column_stride;  // in elements
 
-  // Padded row `row`: `out[0]` and `out[width + 1]` repeat the border samples.
+  // `width` elements of row `row` in float32.
   void load_row(int64_t row, int64_t width, float* out) const {
-    switch (type) {
-      case ScalarType::Float: return load<float>(row, width, out);
-      case ScalarType::BFloat16: return load<torch::headeronly::BFloat16>(row, width, out);
-      default: return load<torch::headeronly::Half>(row, width, out);
-    }
-  }
-
- private:
-  template <typename T>
-  void load(int64_t row, int64_t width, float* out) const {
-    const T* source = static_cast<const T*>(data) + row * row_stride;
-    for (int64_t j = 0; j < width; ++j) out[j + 1] = static_cast<float>(source[j * column_stride]);
-    out[0] = out[1];
-    out[width + 1] = out[width];
+    const Format format = format_of(type);
+    const auto* source = static_cast<const char*>(data) + bytes_of(format) * row * row_stride;
+    row_loops().load(source, format, column_stride, width, out);
   }
 };
 
-// Plane [n, m] of logits [N, M, h, w].
-inline Plane plane_of(const Tensor& logits, int64_t n, int64_t m) {
-  const int64_t size = logits.scalar_type() == ScalarType::Float ? 4 : 2;
-  const auto* data = static_cast<const char*>(logits.const_data_ptr());
-  return {data + size * (n * logits.stride(0) + m * logits.stride(1)), logits.scalar_type(), logits.stride(2),
-          logits.stride(3)};
-}
-
-inline bool is_kernel_dtype(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
-// Stores a row of floats as elements of `type` at `out`.
-inline void store_row(const float* row, int64_t width, ScalarType type, void* out) {
-  switch (type) {
-    case ScalarType::Float: std::copy(row, row + width, static_cast<float*>(out)); break;
-    case ScalarType::BFloat16:
-      std::transform(row, row + width, static_cast<torch::headeronly::BFloat16*>(out),
-                     [](float value) { return torch::headeronly::BFloat16(value); });
-      break;
-    default:
-      std::transform(row, row + width, static_cast<torch::headeronly::Half*>(out),
-                     [](float value) { return torch::headeronly::Half(value); });
-  }
+// Plane [n, m] of [N, M, h, w].
+inline Plane plane_of(const Tensor& tensor, int64_t n, int64_t m) {
+  const int64_t offset = n * tensor.stride(0) + m * tensor.stride(1);
+  const auto* data = static_cast<const char*>(tensor.const_data_ptr());
+  return {data + bytes_of(format_of(tensor.scalar_type())) * offset, tensor.scalar_type(), tensor.stride(2),
+          tensor.stride(3)};
 }
 
 // A few consecutive low-resolution rows in float32, from which full-resolution rows are made one at a time.
@@ -109,11 +89,17 @@ class Upsampler {
     start_ = tap(first, rows_.factor, rows_.size).low;
     const int64_t stop = tap(last - 1, rows_.factor, rows_.size).high + 1;
     samples_.resize((stop - start_) * stride());
-    for (int64_t i = start_; i < stop; ++i) plane.load_row(i, columns_.size, sample(i));
+    for (int64_t i = start_; i < stop; ++i) {
+      float* padded = sample(i);
+      plane.load_row(i, columns_.size, padded + 1);
+      padded[0] = padded[1];
+      padded[columns_.size + 1] = padded[columns_.size];
+    }
   }
 
   // Logits of full-resolution row `row`, valid until the next call; `columns.full()` of them.
   const float* row(int64_t row) {
+    if (rows_.factor == 1) return sample(row) + 1;
     const Tap between = tap(row, rows_.factor, rows_.size);
     loops_.blend(sample(between.low), sample(between.high), between.weight, stride(), blended_.data());
     loops_.expand(columns_.view(), blended_.data(), buffer_.data());

@@ -1,21 +1,17 @@
-// sam2fast::mask_sums and its gradient on the CPU. Formulas: kernels/mask_loss/README.md; kernels/mask_loss/reference.py
-// is the ground truth.
+// sam2fast::mask_sums and its gradient on the CPU. Formulas: kernels/mask_loss/README.md; the ground truth is
+// kernels/mask_loss/reference.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstring>
 #include <tuple>
 
+#include "bands.h"
 #include "bilinear.h"
 
 namespace sam2fast {
 namespace {
-
-// Work is cut into bands of this many low-resolution rows, whatever the number of threads, so that sums and gradients do
-// not depend on it.
-constexpr int64_t kBand = 32;
 
 FocalOptions focal_options(double gamma, double alpha) {
   const bool balanced = alpha >= 0;
@@ -24,12 +20,8 @@ FocalOptions focal_options(double gamma, double alpha) {
       balanced ? static_cast<float>(1 - alpha) : 1.0f};
 }
 
-struct Shape {
-  int64_t objects, candidates, height, width, factor, bands;
-  int64_t tasks() const { return objects * candidates * bands; }
-};
-
-Shape check(const Tensor& logits, const Tensor& targets, bool packed) {
+// Returns the factor of the upsampling.
+int64_t check(const Tensor& logits, const Tensor& targets, bool packed) {
   STD_TORCH_CHECK(
       logits.dim() == 4 && is_kernel_dtype(logits.scalar_type()) && logits.size(2) > 0 && logits.size(3) > 0,
       "mask_sums: logits must be float32, bfloat16 or float16 [N, M, h, w]");
@@ -42,12 +34,7 @@ Shape check(const Tensor& logits, const Tensor& targets, bool packed) {
   STD_TORCH_CHECK(
       factor > 0 && targets.size(1) == factor * height && targets.size(2) == columns,
       "mask_sums: the sides of targets must be one multiple of those of logits");
-  return {logits.size(0), logits.size(1), height, width, factor, (height + kBand - 1) / kBand};
-}
-
-int threads_for(int64_t tasks) {
-  // torch's own thread count: 1 in a data loader's worker, where a forked OpenMP pool would hang.
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tasks, torch::stable::get_num_threads())));
+  return factor;
 }
 
 struct BandSums {
@@ -65,38 +52,33 @@ struct BandSums {
 };
 
 std::tuple<Tensor, Tensor> mask_sums(Tensor logits, Tensor targets, bool packed, double gamma, double alpha) {
-  const Shape shape = check(logits, targets, packed);
+  const int64_t factor = check(logits, targets, packed);
   const FocalOptions options = focal_options(gamma, alpha);
-  const Axis rows(shape.height, shape.factor), columns(shape.width, shape.factor);
+  const Axis rows(logits.size(2), factor), columns(logits.size(3), factor);
   const Targets truth(targets, packed);
-  std::vector<BandSums> bands(shape.tasks());
+  const Bands bands(logits);
+  std::vector<BandSums> band_sums(bands.count());
 
-  [[maybe_unused]] const int threads = threads_for(shape.tasks());
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Upsampler upsampler(rows, columns);
-    std::vector<uint8_t> scratch(columns.full());
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < shape.tasks(); ++task) {
-      const int64_t plane = task / shape.bands, n = plane / shape.candidates;
-      const int64_t first = task % shape.bands * kBand * shape.factor;
-      const int64_t last = std::min(first + kBand * shape.factor, rows.full());
-      upsampler.load(plane_of(logits, n, plane % shape.candidates), first, last);
+  for_each_band(bands, [&] {
+    return [&, upsampler = Upsampler(rows, columns), scratch = std::vector<uint8_t>(columns.full())](
+               const Band& band) mutable {
+      const int64_t top = band.first * factor, bottom = band.last * factor;
+      upsampler.load(plane_of(logits, band.n, band.m), top, bottom);
       BandSums sums;
-      for (int64_t y = first; y < last; ++y)
-        sums += row_loops().sum(upsampler.row(y), truth.row(n, y, columns.full(), scratch.data()), columns.full(), options);
-      bands[task] = sums;
-    }
-  }
+      for (int64_t y = top; y < bottom; ++y)
+        sums += row_loops().sum(
+            upsampler.row(y), truth.row(band.n, y, columns.full(), scratch.data()), columns.full(), options);
+      band_sums[band.index] = sums;
+    };
+  });
 
-  const int64_t planes = shape.objects * shape.candidates;
-  Tensor sums = torch::stable::new_empty(logits, {shape.objects, shape.candidates, 3}, ScalarType::Float);
-  Tensor counts = torch::stable::new_empty(logits, {shape.objects, shape.candidates, 3}, ScalarType::Long);
+  Tensor sums = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), 3}, ScalarType::Float);
+  Tensor counts = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), 3}, ScalarType::Long);
   auto* sum_data = static_cast<float*>(sums.mutable_data_ptr());
   auto* count_data = static_cast<int64_t*>(counts.mutable_data_ptr());
-  for (int64_t plane = 0; plane < planes; ++plane) {
+  for (int64_t plane = 0; plane < bands.planes; ++plane) {
     BandSums total;
-    for (int64_t band = 0; band < shape.bands; ++band) total += bands[plane * shape.bands + band];
+    for (int64_t band = 0; band < bands.per_plane; ++band) total += band_sums[plane * bands.per_plane + band];
     const double values[] = {total.focal, total.p, total.p_inside};
     const int64_t pixels[] = {total.intersection, total.mask, total.target};
     for (int64_t i = 0; i < 3; ++i) {
@@ -107,97 +89,60 @@ std::tuple<Tensor, Tensor> mask_sums(Tensor logits, Tensor targets, bool packed,
   return {sums, counts};
 }
 
-// Gradient of the low-resolution rows [first, last) of one plane, gathered from every full-resolution row that they
-// touch; rows at the edges of a band are computed for both bands.
-class GradientBand {
+// Gradient of the upsampled logits, for `gather_gradient`.
+class LossGradient {
  public:
-  GradientBand(const Axis& rows, const Axis& columns)
-      : rows_(rows),
-        columns_(columns),
+  LossGradient(
+      const Tensor& logits, const Targets& targets, const FocalOptions& options, const Slopes* slopes, const Axis& rows,
+      const Axis& columns)
+      : logits_(logits),
+        targets_(targets),
+        options_(options),
+        slopes_(slopes),
+        width_(columns.full()),
         upsampler_(rows, columns),
-        truth_(columns.full()),
-        full_(columns.buffer()),
-        left_(columns.size + 1),
-        right_(columns.size + 1),
-        reduced_(columns.size) {}
+        scratch_(width_) {}
 
-  // Returns [last - first, w].
-  const std::vector<float>& run(
-      const Plane& plane, const Targets& targets, int64_t n, const FocalOptions& options, const Slopes& slopes,
-      int64_t first, int64_t last) {
-    const int64_t factor = rows_.factor, width = columns_.full();
-    // Cells first - 1 to last - 1.
-    const int64_t top = std::max<int64_t>(0, factor * (first - 1) + factor / 2);
-    const int64_t bottom = std::min(rows_.full(), factor * last + factor / 2);
-    upsampler_.load(plane, top, bottom);
-    gradient_.assign((last - first) * columns_.size, 0.0f);
-    for (int64_t y = top; y < bottom; ++y) {
-      // Outside the image `full_` stays 0.
-      loops_.differentiate(
-          upsampler_.row(y), targets.row(n, y, width, truth_.data()), width, options, slopes,
-          full_.data() + columns_.offset());
-      loops_.reduce(columns_.view(), full_.data(), left_.data(), right_.data(), reduced_.data());
-      const Tap between = tap(y, factor, rows_.size);
-      add(between.low, 1.0f - between.weight, first, last);
-      add(between.high, between.weight, first, last);
-    }
-    return gradient_;
+  bool start(const Band& band, int64_t top, int64_t bottom) {
+    object_ = band.n;
+    slope_ = slopes_[band.plane];
+    // Candidates that were not chosen and absent objects.
+    if (slope_.focal == 0 && slope_.p == 0 && slope_.p_inside == 0) return false;
+    upsampler_.load(plane_of(logits_, band.n, band.m), top, bottom);
+    return true;
+  }
+
+  void row(int64_t y, float* out) {
+    const uint8_t* target = targets_.row(object_, y, width_, scratch_.data());
+    row_loops().differentiate(upsampler_.row(y), target, width_, options_, slope_, out);
   }
 
  private:
-  void add(int64_t row, float weight, int64_t first, int64_t last) {
-    if (row < first || row >= last) return;
-    float* out = gradient_.data() + (row - first) * columns_.size;
-    for (int64_t j = 0; j < columns_.size; ++j) out[j] += weight * reduced_[j];
-  }
-
-  const RowLoops& loops_ = row_loops();
-  const Axis& rows_;
-  const Axis& columns_;
+  const Tensor& logits_;
+  const Targets& targets_;
+  const FocalOptions& options_;
+  const Slopes* slopes_;  // of each plane
+  int64_t width_;
   Upsampler upsampler_;
-  std::vector<uint8_t> truth_;
-  std::vector<float> full_, left_, right_, reduced_, gradient_;
+  std::vector<uint8_t> scratch_;
+  int64_t object_ = 0;
+  Slopes slope_{};
 };
 
 Tensor mask_sums_backward(
     Tensor grad_sums, Tensor logits, Tensor targets, bool packed, double gamma, double alpha) {
-  const Shape shape = check(logits, targets, packed);
+  const int64_t factor = check(logits, targets, packed);
   STD_TORCH_CHECK(
-      grad_sums.dim() == 3 && grad_sums.scalar_type() == ScalarType::Float && grad_sums.size(0) == shape.objects &&
-          grad_sums.size(1) == shape.candidates && grad_sums.size(2) == 3,
+      grad_sums.dim() == 3 && grad_sums.scalar_type() == ScalarType::Float && grad_sums.size(0) == logits.size(0) &&
+          grad_sums.size(1) == logits.size(1) && grad_sums.size(2) == 3,
       "mask_sums_backward: grad_sums must be float32 [N, M, 3]");
   grad_sums = torch::stable::contiguous(grad_sums);
-  const auto* slope_data = static_cast<const float*>(grad_sums.const_data_ptr());
+  const auto* slopes = static_cast<const Slopes*>(grad_sums.const_data_ptr());
   const FocalOptions options = focal_options(gamma, alpha);
-  const Axis rows(shape.height, shape.factor), columns(shape.width, shape.factor);
+  const Axis rows(logits.size(2), factor), columns(logits.size(3), factor);
   const Targets truth(targets, packed);
-  Tensor gradient =
-      torch::stable::new_empty(logits, {shape.objects, shape.candidates, shape.height, shape.width});
-  auto* out = static_cast<char*>(gradient.mutable_data_ptr());
-  const int64_t element = logits.scalar_type() == ScalarType::Float ? 4 : 2;
-
-  [[maybe_unused]] const int threads = threads_for(shape.tasks());
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    GradientBand band(rows, columns);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < shape.tasks(); ++task) {
-      const int64_t plane = task / shape.bands, n = plane / shape.candidates;
-      const int64_t first = task % shape.bands * kBand, last = std::min(first + kBand, shape.height);
-      const Slopes slopes{slope_data[3 * plane], slope_data[3 * plane + 1], slope_data[3 * plane + 2]};
-      char* rows_out = out + (plane * shape.height + first) * shape.width * element;
-      const int64_t count = (last - first) * shape.width;
-      // Candidates that were not chosen and absent objects.
-      if (slopes.focal == 0 && slopes.p == 0 && slopes.p_inside == 0) {
-        std::memset(rows_out, 0, count * element);
-        continue;
-      }
-      const auto& values =
-          band.run(plane_of(logits, n, plane % shape.candidates), truth, n, options, slopes, first, last);
-      store_row(values.data(), count, logits.scalar_type(), rows_out);
-    }
-  }
-  return gradient;
+  return gather_gradient(
+      logits, rows, columns, [&] { return LossGradient(logits, truth, options, slopes, rows, columns); });
 }
 
 }  // namespace

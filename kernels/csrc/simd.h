@@ -34,11 +34,12 @@ SAM2FAST_INLINE Vector load(const Element* source, int64_t count = kLanes) {
   return value;
 }
 
-SAM2FAST_INLINE void store(Float value, float* out, int64_t count) {
+template <typename Vector, typename Element>
+SAM2FAST_INLINE void store(Vector value, Element* out, int64_t count) {
   if (count >= kLanes) {
-    std::memcpy(out, &value, sizeof(Float));
+    std::memcpy(out, &value, sizeof(Vector));
   } else {
-    std::memcpy(out, &value, static_cast<size_t>(count) * sizeof(float));
+    std::memcpy(out, &value, static_cast<size_t>(count) * sizeof(Element));
   }
 }
 
@@ -117,6 +118,13 @@ SAM2FAST_INLINE Float sigmoid(Float x) {
   const Float e = exp_negative(absolute(x));
   const Float larger = 1.0f / (1.0f + e);
   return x < 0.0f ? e * larger : larger;
+}
+
+// Its derivative sigmoid(x) sigmoid(-x).
+SAM2FAST_INLINE Float sigmoid_slope(Float x) {
+  const Float e = exp_negative(absolute(x));
+  const Float larger = 1.0f / (1.0f + e);
+  return e * larger * larger;
 }
 
 }  // namespace sam2fast::SAM2FAST_ISA

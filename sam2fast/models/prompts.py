@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sam2fast_kernels.click_sampling import center_click, uniform_click
+
 Points = tuple[Tensor, Tensor]
 """Coordinates float32 [N, P, 2] and labels int32 [N, P] of P points for each of N objects."""
 
@@ -28,81 +30,19 @@ def is_ambiguous(points: Points | None) -> bool:
     return points is None or points[1].shape[1] <= 1
 
 
-def sample_click(truth: Tensor, predicted: Tensor | None, method: Literal["uniform", "center"] = "uniform") -> Points:
+def sample_click(truth: Tensor, logits: Tensor | None, method: Literal["uniform", "center"] = "uniform") -> Points:
     """The next click on each object: where the prediction is wrong, positive on missed pixels, negative on false ones.
 
     Args:
         truth: bool [N, H, W].
-        predicted: bool [N, H, W], or None for a first click, which falls on the object.
-        method: `uniform` over all wrong pixels, or the `center` of the error region (see `center_click`).
+        logits: predicted, [N, h, w] or [N, 1, h, w] at the same or a lower resolution; None for a first click, which
+            falls on the object.
+        method: `uniform` over all wrong pixels, or the `center` of the error region (see sam2fast_kernels).
 
     Returns:
         One point for each object.
     """
-    if predicted is None:
-        predicted = torch.zeros_like(truth)
-    return uniform_click(truth, predicted) if method == "uniform" else center_click(truth, predicted)
-
-
-def uniform_click(truth: Tensor, predicted: Tensor) -> Points:
-    """A pixel drawn uniformly from all wrong pixels; where none is wrong, a negative click in the background.
-
-    `truth` and `predicted` are bool [N, H, W]. An object that fills the image and is predicted perfectly has neither
-    wrong pixels nor background: its click is negative at (0, 0), as in the official trainer.
-    """
-    wrong = truth ^ predicted
-    region = torch.where(wrong.flatten(1).any(1)[:, None, None], wrong, ~truth)
-    objects = torch.arange(len(region), device=region.device)
-    up_to_row = region.sum(2).cumsum(1)  # [N, H] pixels of the region in this row and above
-    count = up_to_row[:, -1:]
-    # Double precision: float32 has 2^24 steps, too few to be even over the 2^20 pixels of a 1024 x 1024 mask.
-    rank = (torch.rand(count.shape, dtype=torch.float64, device=count.device) * count).long()
-    y = torch.searchsorted(up_to_row, rank, right=True).clamp(max=region.shape[1] - 1)
-    row = region[objects, y[:, 0]]  # [N, W]
-    rank_in_row = rank - (up_to_row.gather(1, y) - row.sum(1, keepdim=True))
-    x = torch.searchsorted(row.cumsum(1), rank_in_row, right=True).clamp(max=region.shape[2] - 1)
-    x, y = x * (count > 0), y * (count > 0)
-    labels = (truth & ~predicted)[objects, y[:, 0], x[:, 0]]
-    return torch.stack([x, y], dim=-1).float(), labels[:, None].int()
-
-
-def center_click(truth: Tensor, predicted: Tensor) -> Points:
-    """The pixel deepest inside an error region, that of the false or that of the missed pixels, whichever is deeper.
-
-    `truth` and `predicted` are bool [N, H, W]. This is the click of the RITM benchmark (Sofiiuk et al. 2022, section 4)
-    and of SAM's evaluation. Without any error it is negative at (0, 0).
-    """
-    missed, false = (squared_depth(region).flatten(1).max(dim=1) for region in (truth & ~predicted, predicted & ~truth))
-    positive = missed.values > false.values
-    index = torch.where(positive, missed.indices, false.indices)
-    width = truth.shape[2]
-    return torch.stack([index % width, index // width], dim=-1)[:, None].float(), positive[:, None].int()
-
-
-def squared_depth(region: Tensor, max_elements: int = 2**26) -> Tensor:
-    """Squared Euclidean distance of each pixel to the nearest one outside its region (or outside the image).
-
-    Exact and separable (Felzenszwalb and Huttenlocher 2012): d(x, y)^2 = min over x' of (x - x')^2 + v(x', y)^2, where
-    v is the distance within a column. Integers below 2^24, so float32 holds them exactly.
-
-    Args:
-        region: bool [N, H, W].
-        max_elements: bound of the intermediate result, which is built for some rows at a time.
-
-    Returns:
-        float32 [N, H, W], 0 outside the region.
-    """
-    padded = F.pad(region, (1, 1, 1, 1))
-    _, height, width = padded.shape
-    rows = torch.arange(height, device=region.device)[:, None]
-    above = torch.where(padded, -1, rows).cummax(dim=1).values
-    below = torch.where(padded, height, rows).flip(1).cummin(dim=1).values.flip(1)
-    squared = torch.minimum(rows - above, below - rows).float().square()
-    columns = torch.arange(width, device=region.device, dtype=torch.float32)
-    across = (columns[:, None] - columns).square()  # [W, W']
-    step = max(1, max_elements // (len(region) * width * width))
-    depth = [(part[:, :, None, :] + across).amin(dim=-1) for part in squared.split(step, dim=1)]
-    return torch.cat(depth, dim=1)[:, 1:-1, 1:-1]
+    return uniform_click(truth, logits) if method == "uniform" else center_click(truth, logits)
 
 
 def mask_to_box(masks: Tensor) -> Tensor:

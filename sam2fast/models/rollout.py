@@ -8,11 +8,12 @@ memory, over the whole clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .memory_bank import FrameMemory
 from .plan import RolloutPlan
@@ -81,6 +82,10 @@ def _simulate_user(
     model: SAM2, conditioned: Tensor, high_res: tuple[Tensor, Tensor], truth: Tensor, frame: int, plan: RolloutPlan
 ) -> tuple[list[MaskOutput], list[Points | None]]:
     """First prediction of a frame and its corrections; `truth` is bool [N, S, S]."""
+    predict = model.predict_masks
+    if model.recompute == "decoder" and torch.is_grad_enabled():
+        # Nothing in prompt encoder and decoder is random.
+        predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=False)
     points, mask_prompt = _first_prompt(truth, frame, plan)
     corrections = plan.corrections(frame)
     steps: list[MaskOutput] = []
@@ -94,7 +99,7 @@ def _simulate_user(
         elif number > 0:
             points = _add_click(points, truth, None if corrections[number - 1] else mask_prompt)
         multimask = model.wants_candidates(points, frame in plan.init_frames)
-        steps.append(model.predict_masks(conditioned, high_res, points, mask_prompt, multimask))
+        steps.append(predict(conditioned, high_res, points, mask_prompt, multimask))
         seen.append(points)
     return steps, seen
 
@@ -113,11 +118,7 @@ def _first_prompt(truth: Tensor, frame: int, plan: RolloutPlan) -> tuple[Points 
 @torch.no_grad()
 def _add_click(points: Points | None, truth: Tensor, logits: Tensor | None) -> Points:
     """Append a click on the errors of the predicted logits [N, 1, h, w] (None: on the object) to the points."""
-    predicted = None
-    if logits is not None:
-        full = F.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
-        predicted = full[:, 0] > 0
-    click = sample_click(truth, predicted)
+    click = sample_click(truth, logits)
     if points is None:
         return click
     return torch.cat([points[0], click[0]], dim=1), torch.cat([points[1], click[1]], dim=1)

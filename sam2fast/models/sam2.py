@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sam2fast_kernels.upsample import upsample
 
 from .architecture import Architecture
 from .encoder import ImageEncoder
@@ -16,7 +18,7 @@ from .layers import MLP, Learned
 from .mask_decoder import MaskDecoder, stable_mask
 from .memory_attention import MemoryAttention
 from .memory_bank import FrameMemory, select_memories
-from .memory_encoder import MemoryEncoder
+from .memory_encoder import MemoryEncoder, mask_dtype
 from .position import TableCache, sine_encoding_1d, sine_encoding_2d
 from .prompt_encoder import PromptEncoder
 from .prompts import Points, is_ambiguous
@@ -73,10 +75,16 @@ class SAM2(nn.Module):
     official names but for the differences that official.py lists.
     """
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, recompute: Literal["none", "decoder"] = "none") -> None:
+        """Build the model with random weights.
+
+        Args:
+            recompute: what the backward pass of `rollout` computes again instead of keeping its activations.
+        """
         super().__init__()
         dim, memory_dim = arch.hidden_dim, arch.memory_dim
         self.arch = arch
+        self.recompute = recompute
         self._tables = TableCache()
 
         # In the order of the official state dict, where these five are bare parameters.
@@ -266,13 +274,17 @@ class SAM2(nn.Module):
             object_score: logits [N, 1]; absent objects get a learned embedding (SAM 2.1).
             binarize: threshold the mask instead of its sigmoid (official predictor, on frames with clicks).
         """
-        size = (STRIDE * top.shape[-2], STRIDE * top.shape[-1])
-        logits = mask_logits.float()
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        mask = (logits > 0).float() if binarize else logits.sigmoid()
-        mask = mask * self.arch.mask_scale + self.arch.mask_bias
-        memory = self.memory_encoder(top, mask.to(top.dtype))
+        factor = STRIDE * top.shape[-2] // mask_logits.shape[-2]
+        assert factor * mask_logits.shape[-2] == STRIDE * top.shape[-2], (top.shape, mask_logits.shape)
+        mask = upsample(
+            mask_logits,
+            factor,
+            activation="binary" if binarize else "sigmoid",
+            scale=self.arch.mask_scale,
+            bias=self.arch.mask_bias,
+            dtype=mask_dtype(top),
+        )
+        memory = self.memory_encoder(top, mask)
         if self.arch.no_object_embed_spatial:
             absent = (object_score <= 0).to(self.dtype) * self.no_obj_embed_spatial()  # [N, 64]
             memory = memory + absent[..., None, None].to(memory.dtype)

@@ -11,13 +11,10 @@ import torch
 from sam2fast.config import PromptConfig, PromptMix
 from sam2fast.models.plan import draw_plan
 from sam2fast.models.prompts import (
-    center_click,
     coarse_mask,
     mask_to_box,
     sample_box,
     sample_click,
-    squared_depth,
-    uniform_click,
 )
 
 
@@ -40,27 +37,6 @@ def rectangle(size: int, top: int, left: int, bottom: int, right: int) -> torch.
     return mask
 
 
-def test_uniform_click_is_uniform_over_all_wrong_pixels_and_labels_them():
-    truth, predicted = torch.rand(2, 1, 12, 9) < 0.5
-    draws = 200 * int((truth ^ predicted).sum())
-    coords, labels = uniform_click(truth.expand(draws, -1, -1), predicted.expand(draws, -1, -1))
-    x, y = coords[:, 0].long().unbind(-1)
-    assert torch.equal(labels[:, 0].bool(), truth[0, y, x])
-    counts = np.bincount((y * 9 + x).numpy(), minlength=12 * 9)
-    wrong = (truth ^ predicted).flatten().numpy()
-    assert counts[~wrong].sum() == 0
-    assert follows(counts[wrong])
-    assert not follows(counts[wrong] * (1 + 0.2 * (np.arange(wrong.sum()) % 2)))  # the test can fail
-
-
-def test_uniform_click_without_errors():
-    truth = torch.cat([rectangle(8, 0, 0, 8, 7), rectangle(8, 0, 0, 8, 8)])
-    coords, labels = uniform_click(truth, truth)
-    assert labels.tolist() == [[0], [0]]
-    assert coords[0, 0, 0] == 7  # the only column of background
-    assert coords[1, 0].tolist() == [0, 0]  # no background either
-
-
 def test_first_click_falls_on_the_object_and_on_the_background_of_an_absent_one():
     truth = torch.cat([rectangle(8, 2, 3, 4, 6), rectangle(8, 0, 0, 0, 0)])
     for method in ("uniform", "center"):
@@ -68,23 +44,6 @@ def test_first_click_falls_on_the_object_and_on_the_background_of_an_absent_one(
         x, y = coords[0, 0].long()
         assert truth[0, y, x] and labels.tolist() == [[1], [0]]
         assert coords.dtype == torch.float32 and labels.dtype == torch.int32
-
-
-def test_center_click_takes_the_deeper_of_the_two_error_regions():
-    missed, false = rectangle(40, 5, 5, 10, 10), rectangle(40, 20, 20, 31, 31)
-    coords, labels = center_click(torch.cat([missed, false]), torch.cat([false, missed]))
-    assert coords.tolist() == [[[25, 25]], [[25, 25]]] and labels.tolist() == [[0], [1]]
-
-
-def test_squared_depth_is_the_distance_to_the_nearest_pixel_outside():
-    region = torch.rand(3, 11, 17) < 0.9
-    outside = torch.nonzero(~torch.nn.functional.pad(region, (1, 1, 1, 1)))
-    expected = torch.zeros(region.shape)
-    for n, y, x in torch.nonzero(region).tolist():
-        points = outside[outside[:, 0] == n, 1:] - torch.tensor([y + 1, x + 1])
-        expected[n, y, x] = points.square().sum(1).min()
-    assert torch.equal(squared_depth(region), expected)
-    assert torch.equal(squared_depth(region, max_elements=1), expected)  # row by row
 
 
 def test_box_is_tight_and_noise_stays_within_both_bounds():

@@ -139,6 +139,31 @@ def test_gradients_reach_what_the_plan_uses(model, plan, expected):
     assert reached(model) == expected
 
 
+def test_recomputed_decoder_gives_the_same_gradients_and_keeps_less(model, monkeypatch):
+    """Bit for bit, with corrections that are trained through each other."""
+    plan = points_plan(1, correct=(0,), click_from_gt=((False,) * 3,))
+    results = {}
+    for mode in ("none", "decoder"):
+        monkeypatch.setattr(model, "recompute", mode)
+        torch.manual_seed(0)
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            total = loss(rollout(model, make_batch(1), plan))
+        model.zero_grad()
+        total.backward()
+        results[mode] = kept, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert results["decoder"][0] < 0.7 * results["none"][0]
+    assert len(results["decoder"][1]) == len(results["none"][1])
+    for recomputed, stored in zip(results["decoder"][1], results["none"][1], strict=True):
+        assert torch.equal(recomputed, stored)
+
+
 def test_coarse_mask_goes_to_the_prompt_encoder(model):
     plan = RolloutPlan(1, "coarse_mask", (0,), (0,), click_from_gt=((False,),), box_noise=0.0)
     (frame,) = rollout(model, make_batch(1), plan).frames

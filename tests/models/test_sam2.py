@@ -205,6 +205,20 @@ def test_memory_of_a_mask(model):
     torch.testing.assert_close(hard, model.memory_encoder(top, (full > 0) * 20.0 - 10))
 
 
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_mask_reaches_the_memory_encoder_in_its_precision(precision):
+    """So that nothing copies it at full resolution."""
+    model = build().bfloat16() if precision == "bfloat16" else build()
+    seen = []
+    model.memory_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    top = torch.randn(2, 256, SIZE // 16, SIZE // 16, dtype=model.dtype)
+    for side in (SIZE // 4, SIZE):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+            model.encode_memory(top, torch.randn(2, 1, side, side), torch.ones(2, 1))
+    expected = torch.float32 if precision == "float32" else torch.bfloat16
+    assert [(mask.dtype, tuple(mask.shape)) for mask in seen] == [(expected, (2, 1, SIZE, SIZE))] * 2
+
+
 @torch.no_grad()
 def test_stable_mask_falls_back_to_the_best_candidate():
     steady = torch.tensor([[1.0, -1.0]]).repeat(8, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sam2fast.models.prompts import center_click, mask_to_box, sample_box
+from sam2fast.models.prompts import mask_to_box, sample_box, sample_click
 from sections import Entry, Floor, Report
 
 CASES = ("center_point", "mask_to_box", "box_points_noise0")
@@ -12,7 +12,8 @@ EXACT = Floor()
 def check(data: Entry, report: Report) -> None:
     if "center_point" in data:
         case = data["center_point"]
-        points, labels = center_click(case["gt"][:, 0], case["pred"][:, 0])
+        logits = case["pred"].float() - 0.5
+        points, labels = sample_click(case["gt"][:, 0], logits, "center")
         report.at(case="center_point").compare("points", points, case["points"], EXACT)
         report.at(case="center_point").compare("labels", labels, case["labels"], EXACT)
     # Boxes are those of the same masks.
