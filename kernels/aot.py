@@ -53,7 +53,8 @@ class Compiled(NamedTuple):
         """Threads that one multiprocessor holds at a time, of its 2048."""
         registers = -(-self.registers // 8) * 8 * self.threads
         shared = self.shared + 1024  # the system's own
-        return min(65536 // registers, 2048 // self.threads, SHARED_MEMORY[capability] // shared) * self.threads
+        programs = min(32, 65536 // registers, 2048 // self.threads, SHARED_MEMORY[capability] // shared)
+        return programs * self.threads
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:

@@ -126,7 +126,10 @@ class Operator:
             return "reference"
         obstacle = self._obstacle(kernel, tensor)
         if obstacle:
-            _warn_once(f"sam2fast::{self.name} runs as plain PyTorch, {self._slower}: back end {kernel!r} {obstacle}")
+            if not torch.compiler.is_compiling():  # a warning would break the graph
+                _warn_once(
+                    f"sam2fast::{self.name} runs as plain PyTorch, {self._slower}: back end {kernel!r} {obstacle}"
+                )
             return "reference"
         return kernel
 

@@ -31,6 +31,8 @@ def upsampling_factor(logits: Tensor, targets: Tensor, packed: bool) -> int:
     """
     if not logits.is_floating_point() or logits.dim() < 3:
         raise ValueError(f"logits must be floating point [N, ..., h, w], not {logits.dtype} {list(logits.shape)}")
+    if 0 in logits.shape[-2:]:
+        raise ValueError(f"logits have no pixels: {list(logits.shape)}; h and w must be at least 1")
     if targets.dtype not in ((torch.uint8,) if packed else (torch.bool, torch.uint8)) or targets.dim() != 3:
         want = "packed targets must be uint8 [N, H, ceil(W/8)]" if packed else "targets must be bool or uint8 [N, H, W]"
         raise ValueError(f"{want}, not {targets.dtype} {list(targets.shape)}")

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <optional>
 #include <vector>
 
 #include "bilinear.h"
@@ -43,12 +45,26 @@ void for_each_index(int64_t count, const Make& make) {
   // torch's own thread count: 1 in a data loader's worker, where a forked OpenMP pool would hang.
   [[maybe_unused]] const int threads =
       static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads())));
+  // Out of memory, say: an exception must not leave the parallel region.
+  std::exception_ptr failure;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    auto work = make();
+    const auto guard = [&](const auto& body) {
+      try {
+        body();
+      } catch (...) {
+#pragma omp critical(sam2fast_failure)
+        failure = std::current_exception();
+      }
+    };
+    std::optional<decltype(make())> work;
+    guard([&] { work.emplace(make()); });
 #pragma omp for schedule(dynamic)
-    for (int64_t index = 0; index < count; ++index) work(index);
+    for (int64_t index = 0; index < count; ++index) {
+      if (work) guard([&] { (*work)(index); });
+    }
   }
+  if (failure) std::rethrow_exception(failure);
 }
 
 // The same for the bands.
@@ -90,7 +106,7 @@ class GradientBand {
 
  private:
   void add(int64_t row, float weight, const Band& band) {
-    if (row < band.first || row >= band.last) return;
+    if (weight == 0.0f || row < band.first || row >= band.last) return;
     float* out = gradient_.data() + (row - band.first) * columns_.size;
     for (int64_t j = 0; j < columns_.size; ++j) out[j] += weight * reduced_[j];
   }

@@ -19,9 +19,9 @@ const RowLoops& choose() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return avx512::kRowLoops;
-  if (avx2 && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) return avx2::kRowLoops;
+  if (avx2) return avx2::kRowLoops;
 #endif
   return baseline::kRowLoops;
 }

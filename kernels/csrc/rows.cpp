@@ -115,6 +115,11 @@ void expand(const AxisView& axis, const float* padded, float* cells) {
 template <int kFactor>
 SAM2FAST_INLINE void reduce_by(const AxisView& axis, const float* cells, float* left, float* right) {
   const int64_t factor = kFactor ? kFactor : axis.factor;
+  if constexpr (kFactor == 1) {
+    // Every element is a sample: 0 times NaN must not reach its neighbor.
+    for (int64_t c = 0; c <= axis.size; ++c) left[c] = cells[c], right[c] = 0.0f;
+    return;
+  }
   for (int64_t c = 0; c <= axis.size; ++c) {
     float sum = 0.0f, weighted = 0.0f;
     for (int64_t k = 0; k < factor; ++k) {
@@ -141,14 +146,13 @@ void reduce(const AxisView& axis, const float* cells, float* left, float* right,
   out[axis.size - 1] += right[axis.size];
 }
 
-// q^gamma for q = sigmoid(-z), whose logarithm is -softplus(z) = -(z + softplus(-z)). kGamma -1 stands for any gamma.
+// q^gamma for q = sigmoid(-z), whose logarithm is -softplus(z). kGamma -1 stands for any gamma.
 template <int kGamma>
-SAM2FAST_INLINE Float focus(const Logistic& of, Float z, float gamma) {
+SAM2FAST_INLINE Float focus(const Logistic& of, float gamma) {
   if constexpr (kGamma == 0) return broadcast(1.0f);
   if constexpr (kGamma == 1) return of.negative;
   if constexpr (kGamma == 2) return of.negative * of.negative;
-  const Float softplus = z + of.softplus;
-  return exp_negative(gamma * (softplus < 0.0f ? Float{} : softplus));
+  return exp_negative(gamma * of.opposite);
 }
 
 // Whether each pixel is in the target: -1 or 0.
@@ -168,7 +172,7 @@ SAM2FAST_INLINE RowSums sum_by(
     const Int valid = lanes_below(count);
     const Float z = inside ? x : -x;
     const Logistic of = logistic(z);
-    const Float loss = (inside ? foreground : background) * of.softplus * focus<kGamma>(of, z, options.gamma);
+    const Float loss = (inside ? foreground : background) * of.softplus * focus<kGamma>(of, options.gamma);
     const Float probability = inside ? of.positive : of.negative;
     focal += valid ? loss : Float{};
     p += valid ? probability : Float{};
@@ -202,7 +206,7 @@ SAM2FAST_INLINE void differentiate_by(
     const Logistic of = logistic(z);
     Float slope = of.negative;
     if constexpr (kGamma != 0) slope += options.gamma * of.positive * of.softplus;
-    const Float focal = (inside ? foreground : background) * focus<kGamma>(of, z, options.gamma) * slope;
+    const Float focal = (inside ? foreground : background) * focus<kGamma>(of, options.gamma) * slope;
     store(focal + (inside ? p_inside : p_outside) * (of.positive * of.negative), out + i, count);
   });
 }

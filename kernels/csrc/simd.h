@@ -93,6 +93,7 @@ struct Logistic {
   Float positive;  // sigmoid(z)
   Float negative;  // sigmoid(-z)
   Float softplus;  // softplus(-z)
+  Float opposite;  // softplus(z), not from the former, where small values would cancel
 };
 
 SAM2FAST_INLINE Logistic logistic(Float z) {
@@ -111,7 +112,9 @@ SAM2FAST_INLINE Logistic logistic(Float z) {
   log1p = log1p * s2 + 2.0f;
   log1p = log1p * s;
   const Int below = z < 0.0f;
-  return {below ? smaller : larger, below ? larger : smaller, (below ? magnitude : Float{}) + log1p};
+  return {
+      below ? smaller : larger, below ? larger : smaller, (below ? magnitude : Float{}) + log1p,
+      (below ? Float{} : magnitude) + log1p};
 }
 
 SAM2FAST_INLINE Float sigmoid(Float x) {

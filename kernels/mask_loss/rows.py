@@ -183,8 +183,9 @@ def differentiate_cell(
         total += up * row_total
         leftward += up * row_leftward
         rightward += up * row_rightward
-        low_total += down * row_total
-        low_leftward += down * row_leftward
-        low_rightward += down * row_rightward
+        if FACTOR > 1:  # else `down` is 0, and 0 times NaN would reach the row below
+            low_total += down * row_total
+            low_leftward += down * row_leftward
+            low_rightward += down * row_rightward
         truth += stride_y
     return total, leftward, rightward, low_total, low_leftward, low_rightward

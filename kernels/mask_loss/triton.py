@@ -238,7 +238,9 @@ def _as_words(targets: Tensor, packed: bool, factor: int) -> tuple[Tensor, bool]
         return targets, 8 % factor == 0
     targets = targets.view(torch.uint8)
     word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(factor)
-    aligned = all(place % factor == 0 for place in (targets.data_ptr(), *targets.stride()[:2]))
+    aligned = all(
+        place % factor == 0 for place in (targets.data_ptr(), targets.storage_offset(), *targets.stride()[:2])
+    )
     if word is None or targets.stride(2) != 1 or not aligned:
         return targets, False
     return targets.view(word), True

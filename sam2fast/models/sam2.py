@@ -274,8 +274,13 @@ class SAM2(nn.Module):
             object_score: logits [N, 1]; absent objects get a learned embedding (SAM 2.1).
             binarize: threshold the mask instead of its sigmoid (official predictor, on frames with clicks).
         """
-        factor = STRIDE * top.shape[-2] // mask_logits.shape[-2]
-        assert factor * mask_logits.shape[-2] == STRIDE * top.shape[-2], (top.shape, mask_logits.shape)
+        size = (STRIDE * top.shape[-2], STRIDE * top.shape[-1])
+        factor = size[0] // mask_logits.shape[-2]
+        if (factor * mask_logits.shape[-2], factor * mask_logits.shape[-1]) != size:
+            raise ValueError(
+                f"mask logits of {list(mask_logits.shape[-2:])} pixels do not fit images of {list(size)}: both sides "
+                "must be the same whole fraction of the image"
+            )
         mask = upsample(
             mask_logits,
             factor,

@@ -32,8 +32,8 @@ LAST = 1 - 2.0**-53
 def random_case(h, w, factor, n=7, dtype=torch.float32, seed=0):
     """Logits [n, h, w], masks that they predict roughly, and draws.
 
-    Logits are whole numbers, 1 more than a multiple of 7. Bilinear weights are multiples of 1 / (4 s^2) that add up to 1,
-    so no upsampled logit is 0 (7 does not divide 4 s^2), and no rounding takes one to the other side of it. Object 0 is
+    Logits are whole numbers, 1 more than a multiple of 7. Bilinear weights are multiples of 1 / (4 s^2) with the sum 1:
+    no upsampled logit is 0 (7 does not divide 4 s^2), and no rounding takes one to the other side of 0. Object 0 is
     predicted perfectly, 1 absent, 2 fills the image, 3 fills it and is predicted perfectly, 4 has saturated logits.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -93,6 +93,11 @@ def test_triton_on_more_rows_and_columns_than_one_block(backend, poison_empty):
     logits, targets, uniform = random_case(3, 300, 1, n=5)
     assert_as_reference(backend, logits, targets, uniform)
     assert_as_reference(backend, logits[4:].mT, targets[4:].mT, uniform[4:])
+    # The deepest pixel of each kind lies behind the first block of columns.
+    missed, false = torch.zeros(2, 1, 3, 300, dtype=torch.bool)
+    missed[..., 200:203] = false[..., 290:293] = True
+    truth, predicted = torch.cat([missed, missed & false]), torch.cat([missed & false, false])
+    assert click(click_center, backend, logits_of(predicted), truth, False) == ([[201, 1], [291, 1]], [True, False])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -164,7 +169,7 @@ def test_uniform_clicks_are_even_over_all_wrong_pixels(backend):
     x, y = coords[:, 0].long().unbind(-1)
     assert torch.equal(labels[:, 0].bool(), truth[0, y, x]) and 0 < labels.sum() < draws
     counts = np.bincount((y * 16 + x).numpy(), minlength=len(wrong))
-    assert wrong.sum() > 20 and counts[~wrong].sum() == 0
+    assert wrong.sum() > 10 and counts[~wrong].sum() == 0
     assert follows_uniform(counts[wrong])
     assert not follows_uniform(counts[wrong] * (1 + 0.2 * (np.arange(wrong.sum()) % 2)))  # the test can fail
 
@@ -301,6 +306,7 @@ def test_reference_never_waits_for_a_value(run):
 
 
 def test_flops():
+    library.register_flop_formulas()
     logits, targets, _ = random_case(3, 5, 4)
     library.register_flop_formulas()
     with FlopCounterMode(display=False) as counter:
@@ -367,27 +373,25 @@ import itertools, torch
 from sam2fast_kernels.aot import SHARED_MEMORY, compile_launch
 from sam2fast_kernels.click_sampling import triton as kernels
 
-for capability, (factor, packed) in itertools.product((80, 90), ((4, False), (4, True), (3, False))):
-    logits = torch.empty(2, 256, 256, dtype=torch.bfloat16, device="meta")
-    width = 256 * factor
-    shape = (2, width, -(-width // 8)) if packed else (2, width, width)
-    targets = torch.empty(shape, dtype=torch.uint8, device="meta")
-    uniform = torch.empty(2, dtype=torch.float64, device="meta")
+for capability, (factor, packed) in itertools.product((80, 90), ((3, True), (4, False))):
+    logits = torch.empty(64, 256, 256, dtype=torch.bfloat16, device="meta")
+    targets = torch.empty(64, 256 * factor, 32 * factor * (1 if packed else 8), dtype=torch.uint8, device="meta")
+    uniform = torch.empty(64, dtype=torch.float64, device="meta")
     launches = kernels.uniform_launches(logits, targets, packed, uniform)
     for launch in (*launches, *kernels.center_launches(logits, targets, packed)):
         compiled = compile_launch(launch, capability)
         name = launch.kernel.__name__
-        assert compiled.spills == compiled.stack == 0, (name, capability, factor, packed, compiled[:4])
-        assert compiled.shared <= SHARED_MEMORY[capability], (name, compiled.shared)
+        assert compiled.spills == compiled.stack == 0, (name, capability, factor, packed)
+        assert compiled.shared <= SHARED_MEMORY[capability], (name, capability, compiled.shared)
+        assert compiled.resident_threads(capability) >= 512, (name, capability, compiled.registers)
         print(name)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_triton_kernels_compile_for_gpus_without_spills():
     """In another process: this one may interpret Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 24
+    assert len(done.stdout.split()) == 16

@@ -16,7 +16,7 @@ from sam2fast_kernels.mask_loss.op import mask_sums, mask_sums_backward
 needs_cpp = pytest.mark.skipif(not library.load_native(), reason="the compiled operators are not built")
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 LOSSES = ("focal", "dice", "iou_loss")
-FOCAL = [(2.0, 0.25), (0.0, None), (1.0, 0.0), (1.5, 0.9), (3.0, 1.0)]
+FOCAL = [(2.0, 0.25), (0.0, None), (1.0, 0.0), (1.5, 0.9), (3.0, 1.0), (20.0, 0.25)]
 """gamma and alpha."""
 
 
@@ -170,6 +170,27 @@ def test_not_a_number_is_not_hidden(backend):
     assert torch.equal(gradient.isnan().any(-1).any(-1), bad)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_upsampling_it_stays_in_its_pixel(backend):
+    logits, targets, ious, weights = case(factor=1)
+    logits[0, 1, 3, 3] = float("nan")
+    _, (gradient, _) = losses_and_gradients(logits, targets, ious, weights, backend=backend)
+    # Dice ties all pixels of a mask together, so only the sums of this mask are NaN; its neighbors get a slope of NaN.
+    assert torch.equal(gradient.isnan().flatten(2).any(-1).nonzero(), torch.tensor([[0, 1]]))
+    slopes = torch.ones(2, 3, 3)
+    gradient = mask_sums_backward.overloads[backend](slopes, logits, targets, False, 2.0, 0.25)
+    assert torch.equal(gradient.isnan(), logits.isnan())
+
+
+def test_fallback_compiles_without_a_graph_break(monkeypatch):
+    """Where nothing was compiled, the warning must not be traced."""
+    monkeypatch.delitem(mask_sums.overloads, "cpp", raising=False)
+    monkeypatch.delitem(mask_sums_backward.overloads, "cpp", raising=False)
+    logits, targets, _, _ = case()
+    compiled = torch.compile(lambda x: mask_loss(x, targets).focal.sum(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), mask_loss(logits, targets, backend="reference").focal.sum())
+
+
 @needs_cpp
 def test_candidates_without_a_slope_are_skipped():
     """Their gradient is 0 whatever their logits are, as 0 times infinity would not be."""
@@ -304,6 +325,7 @@ def test_packing_is_undone_by_unpacking():
         ({"targets": torch.zeros(3, 28, 36).bool()}, "do not fit"),
         ({"targets": torch.zeros(2, 6, 8).bool()}, "do not fit"),
         ({"packed": True}, "packed targets must be uint8.*bool"),
+        ({"logits": torch.zeros(2, 3, 7, 0)}, "logits have no pixels"),
         ({"targets": torch.zeros(2, 28, 36).byte(), "packed": True}, r"ceil\(s \* w / 8\)"),
         ({"targets": torch.zeros(2, 28, 36).bool().to("meta")}, "logits are on cpu, targets on meta"),
         ({"pred_ious": torch.zeros(2)}, r"pred_ious must be \[N, M\] = \[2, 3\].*not \[2\]"),

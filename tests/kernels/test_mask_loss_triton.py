@@ -42,6 +42,8 @@ def assert_within_rule(kernel, eager, exact, atol=1e-6):
     """The kernel may be twice as far from the float64 value as eager PyTorch in the same precision."""
     if DEVICE == "cpu" and kernel.dtype == torch.bfloat16:
         atol += 2**-8 * exact.abs().max()  # the interpreter truncates where a GPU rounds
+    if DEVICE == "cuda":
+        atol *= 1 + exact.abs().max()  # its exponentials and reciprocals are off by up to two units in the last place
     error, allowed = (kernel.double() - exact).abs(), 2 * (eager.double() - exact).abs().max() + atol
     assert torch.isfinite(kernel).all()
     assert error.max() <= allowed, f"error {error.max():.3g}, allowed {allowed:.3g}"

@@ -7,15 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sam2fast.config import PromptConfig, PromptMix
 from sam2fast.models.plan import draw_plan
-from sam2fast.models.prompts import (
-    coarse_mask,
-    mask_to_box,
-    sample_box,
-    sample_click,
-)
+from sam2fast.models.prompts import coarse_mask, mask_to_box, sample_box, sample_click
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +40,22 @@ def test_first_click_falls_on_the_object_and_on_the_background_of_an_absent_one(
         x, y = coords[0, 0].long()
         assert truth[0, y, x] and labels.tolist() == [[1], [0]]
         assert coords.dtype == torch.float32 and labels.dtype == torch.int32
+
+
+def test_next_click_falls_on_an_error_of_low_resolution_logits():
+    """Of three objects in the corner, one is predicted with another one, one not at all, and one but for its corner."""
+    truth = rectangle(32, 0, 0, 16, 16).expand(3, -1, -1)
+    logits = torch.full((3, 1, 8, 8), -5.0)
+    logits[::2, 0, :4, :4] = logits[0, 0, 4:] = 5.0
+    predicted = F.interpolate(logits, scale_factor=4, mode="bilinear")[:, 0] > 0
+    objects = torch.arange(3)
+    for method in ("uniform", "center"):
+        coords, labels = sample_click(truth, logits, method)
+        x, y = coords[:, 0].long().unbind(-1)
+        assert (truth != predicted)[objects, y, x].all()
+        assert torch.equal(labels[:, 0].bool(), truth[objects, y, x])
+        assert labels.tolist() == [[0], [1], [1]]
+    assert coords[1].tolist() == [[7, 7]]
 
 
 def test_box_is_tight_and_noise_stays_within_both_bounds():
