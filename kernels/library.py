@@ -100,6 +100,9 @@ class Operator:
         """Set the autograd formula, `backward(ctx, run, *grads)` with `run` the same back end of `gradient`."""
         for backend in self.overloads:
             torch.library.register_autograd(
+                f"sam2fast::{gradient.name}.{backend}", _refuse_second_derivative, lib=_OPERATORS
+            )
+            torch.library.register_autograd(
                 f"sam2fast::{self.name}.{backend}",
                 functools.partial(_call_backward, backward, gradient.overloads[backend]),
                 setup_context=setup_context,
@@ -165,6 +168,10 @@ def register_flop_formulas() -> None:
         operator = getattr(torch.ops.sam2fast, name)
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError("the operators of sam2fast_kernels have no second derivative; use plain PyTorch for it")
 
 
 @functools.cache

@@ -19,6 +19,8 @@ def pack_masks(masks: Tensor) -> Tensor:
 
 def unpack_masks(packed: Tensor, width: int) -> Tensor:
     """The inverse of `pack_masks`: uint8 [..., H, ceil(W / 8)] to bool [..., H, W], W = `width` pixels."""
+    if not 8 * packed.shape[-1] - 8 < width <= 8 * packed.shape[-1]:
+        raise ValueError(f"packed masks of {packed.shape[-1]} bytes a row cannot be {width} pixels wide")
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :width].bool()
 

@@ -44,7 +44,9 @@ def uniform_click(
     """
     logits = _low_resolution(logits, targets, packed)
     # Double precision: float32 has 2^24 steps, too few to be even over the 2^20 pixels of a 1024 x 1024 mask.
-    uniform = torch.rand(len(targets), dtype=torch.float64, device=targets.device, generator=generator)
+    # torch.compile has no form of torch.rand with a generator of None and a size that varies.
+    source = {} if generator is None else {"generator": generator}
+    uniform = torch.rand(targets.shape[0], dtype=torch.float64, device=targets.device, **source)
     return _points(*click_uniform.choose(backend, logits)(logits, targets, packed, uniform))
 
 

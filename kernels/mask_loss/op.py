@@ -115,7 +115,7 @@ class MaskLoss(nn.Module):
 
 
 def _check_options(logits: Tensor, pred_ious: Tensor | None, gamma: float, alpha: float | None, iou_loss: str) -> None:
-    if not (math.isfinite(gamma) and gamma >= 0):
+    if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma must be a finite number of at least 0, not {gamma!r}")
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0..1, or be None for no class balance, not {alpha!r}")

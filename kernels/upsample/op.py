@@ -70,7 +70,7 @@ def _check(logits: Tensor, factor: int, activation: str, scale: float, bias: flo
         raise ValueError(f"factor must be a whole number of at least 1, not {factor!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    if not (math.isfinite(scale) and math.isfinite(bias)):
+    if not (abs(scale) < math.inf and abs(bias) < math.inf):
         raise ValueError(f"scale and bias must be finite, not {scale!r} and {bias!r}")
 
 

@@ -279,6 +279,16 @@ def test_operator_passes_opcheck_and_compiles(backend, operator):
     assert torch.equal(compiled(*inputs), run(*inputs)[0] + 1)
 
 
+def test_uniform_click_compiles_for_varying_sizes():
+    compiled = torch.compile(uniform_click, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (5, 6):
+        logits, targets, _ = random_case(3, 3, 4, n=n)
+        torch.manual_seed(0)
+        want = uniform_click(targets, logits)
+        torch.manual_seed(0)
+        assert all(map(torch.equal, want, compiled(targets, logits)))
+
+
 def test_functions_compile():
     logits, targets, _ = random_case(3, 3, 4)
     for function in (uniform_click, center_click):

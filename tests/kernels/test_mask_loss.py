@@ -263,6 +263,25 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(traced, eager)
 
 
+def test_compiles_for_varying_sizes():
+    compiled = torch.compile(mask_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, h in ((2, 7), (3, 5)):
+        logits, targets, ious, _ = case(n=n, h=h)
+        for got, want in zip(compiled(logits, targets, ious), mask_loss(logits, targets, ious), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    logits, targets, _, _ = case()
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        mask_loss(logits, targets, backend=backend).focal.sum(), logits, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend):
     inputs = case()
