@@ -11,13 +11,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
-"""Becomes the name of a file: letters, digits, "_", "." and "-"."""
+from .config_section import Name, NonNegative, Positive, Probability, Section
+from .performance import PerformanceConfig
 
 
 class UserError(ValueError):
@@ -27,12 +24,6 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration that cannot be used."""
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -57,6 +48,7 @@ class ModelConfig(Section):
     recompute: Literal["none", "decoder"] = "decoder"
     """Activations that the backward pass computes again instead of keeping them: none, or those of prompt encoder and
     mask decoder, of which every click of every object has its own. The same numbers for another forward of both."""
+    performance: PerformanceConfig = PerformanceConfig()
 
     @field_validator("version", mode="before")
     @classmethod

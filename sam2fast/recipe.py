@@ -104,6 +104,7 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
             multimask_tracking=settings.multimask_tracking,
         ),
         recompute=settings.recompute,
+        performance=settings.performance,
     )
     if settings.local_memory_init:
         model.memory_attention.attend_locally()

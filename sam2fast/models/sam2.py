@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sam2fast_kernels.upsample import upsample
 
+from ..performance import PerformanceConfig
 from .architecture import Architecture
 from .encoder import ImageEncoder
 from .layers import MLP, Learned
@@ -75,16 +76,23 @@ class SAM2(nn.Module):
     official names but for the differences that official.py lists.
     """
 
-    def __init__(self, arch: Architecture, recompute: Literal["none", "decoder"] = "none") -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        recompute: Literal["none", "decoder"] = "none",
+        performance: PerformanceConfig | None = None,
+    ) -> None:
         """Build the model with random weights.
 
         Args:
             recompute: what the backward pass of `rollout` computes again instead of keeping its activations.
+            performance: the optimizations that are on; None takes the defaults.
         """
         super().__init__()
         dim, memory_dim = arch.hidden_dim, arch.memory_dim
         self.arch = arch
         self.recompute = recompute
+        self.performance = performance or PerformanceConfig()
         self._tables = TableCache()
 
         # In the order of the official state dict, where these five are bare parameters.

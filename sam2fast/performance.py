@@ -1,0 +1,39 @@
+"""Switches of the optimizations of a training step.
+
+Every one of them is exact: it changes the order of floating-point operations and the stream of random numbers at most.
+With all of them off the model computes as the official one does, operation by operation.
+"""
+
+from __future__ import annotations
+
+from .config_section import Section
+
+
+class PerformanceConfig(Section):
+    """What makes a step faster or smaller."""
+
+    fused_memory_attention: bool = True
+    """Memory attention by one kernel that rotates, drops and never stores the scores; off is PyTorch's attention."""
+    absorbed_values: bool = True
+    """Memory attention sums the 64-wide memories and projects the sums, instead of projecting every memory."""
+    shared_self_attention: bool = True
+    """What the first layer of memory attention computes alike for all objects of a frame is computed once."""
+    fused_dropout: bool = True
+    """Dropout in one pass with the ReLU before or the sum after it, its mask computed again instead of stored."""
+    unpadded_windows: bool = True
+    """Window attention of the trunk projects the tokens of the image alone, not the padding of the windows."""
+    skip_dropped_paths: bool = True
+    """Stochastic depth leaves out the samples of a block that it drops, instead of multiplying them by zero."""
+    folded_projections: bool = True
+    """The neck's projections of strides 4 and 8 and the decoder's after them are one matrix product."""
+    shared_image_features: bool = True
+    """Mask decoder: what is equal for all masks of an image is neither copied nor computed for each."""
+    fused_norms: bool = True
+    """Convolutions run channels-last, with LayerNorm2d, GELU and residual sums fused."""
+    skip_unread: bool = True
+    """Memories that no later frame reads are not encoded, and mask-prompt frames have no loss computed."""
+
+    @classmethod
+    def all_off(cls) -> PerformanceConfig:
+        """Every optimization off."""
+        return cls(**dict.fromkeys(cls.model_fields, False))
