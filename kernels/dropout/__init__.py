@@ -1,0 +1,1 @@
+"""Dropout without stored masks."""
