@@ -65,7 +65,10 @@ def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: boo
         if constant:
             steps, points = [model.mask_as_output(features, truth[:, None])], [None]
         else:
-            conditioned = model.condition_on_memory(features.top, memories, frame, num_frames, initial=initial)
+            top = images.top.unflatten(0, (-1, num_frames))[:, frame]  # [B, 256, h, w]
+            conditioned = model.condition_on_memory(
+                top, memories, frame, num_frames, initial=initial, index=batch.object_to_clip
+            )
             steps, points = _simulate_user(model, conditioned, features.high_res, truth, frame, plan)
         final = steps[-1]
         spatial = None

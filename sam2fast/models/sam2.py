@@ -104,7 +104,9 @@ class SAM2(nn.Module):
             self.no_obj_embed_spatial = Learned(1, memory_dim, std=0.02)
         self.image_encoder = ImageEncoder(arch)
         self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
-        self.memory_attention = MemoryAttention(dim, memory_dim, arch.memory_layers, arch.memory_dropout)
+        self.memory_attention = MemoryAttention(
+            dim, memory_dim, arch.memory_layers, arch.memory_dropout, self.performance
+        )
         self.memory_encoder = MemoryEncoder(dim, memory_dim)
         self.sam_prompt_encoder = PromptEncoder(dim)
         self.sam_mask_decoder = MaskDecoder(dim)
@@ -155,14 +157,18 @@ class SAM2(nn.Module):
         num_frames: int,
         reverse: bool = False,
         initial: bool = False,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Condition the features [N, 256, h, w] of `frame` on the memory bank.
+
+        With `index` (int64 [N]), `top` has the features [B, 256, h, w] of images, and object n is in image index[n].
 
         Frames prompted at the start (`initial`), and frames without any memory, only get the no-memory embedding. See
         `select_memories` for which memories count; in training mode these include pointers from the future.
         """
         chosen = None if initial else select_memories(memories, frame, num_frames, self.arch, self.training, reverse)
         if chosen is None or not (chosen.spatial or chosen.pointers):
+            top = top if index is None else top[index]
             return top + self.no_mem_embed().view(1, -1, 1, 1)
         tokens, positions = self._spatial_tokens(chosen.spatial)
         num_pointer_tokens = 0
@@ -171,7 +177,8 @@ class SAM2(nn.Module):
             pointers, pointer_positions = self._pointer_tokens(chosen.pointers, max_distance)
             num_pointer_tokens = pointers.shape[1]
             tokens, positions = [*tokens, pointers], [*positions, pointer_positions]
-        return self.memory_attention(top, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), num_pointer_tokens)
+        memory, position = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        return self.memory_attention(top, memory, position, num_pointer_tokens, index)
 
     def _spatial_tokens(self, chosen: Sequence[tuple[FrameMemory, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [N, hw, 64] and their encodings in space and time [1, hw, 64], of every memory."""
