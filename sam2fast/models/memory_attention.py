@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from sam2fast_kernels.dropout import dropout_add, relu_dropout
 from sam2fast_kernels.memory_attention import memory_attention
 
-from ..performance import PerformanceConfig
+from ..performance import PerformanceConfig, RecomputePolicy
 from .layers import Attention
 from .position import TableCache, apply_rotary, rotary_tables, sine_encoding_2d
+from .recompute import recomputed
+
+KEEP_ALL = RecomputePolicy()
 
 
 class ValueProjection(nn.Linear):
@@ -190,6 +193,7 @@ class MemoryAttention(nn.Module):
         memory_position: Tensor,
         num_pointer_tokens: int,
         index: Tensor | None = None,
+        recompute: RecomputePolicy = KEEP_ALL,
     ) -> Tensor:
         """Condition features on the memories of N objects: [N, dim, h, w].
 
@@ -198,6 +202,7 @@ class MemoryAttention(nn.Module):
             memory: [N, r h w + num_pointer_tokens, memory_dim]; pointer tokens come last.
             memory_position: [1 or N, same, memory_dim], added to the keys alone.
             index: int64 [N], the image of each object.
+            recompute: whether the layers' activations are kept.
         """
         height, width = features.shape[-2:]
         position, cos, sin = self._grid_tables(height, width, features.device)
@@ -207,5 +212,6 @@ class MemoryAttention(nn.Module):
             x, index = x[index], None
         keys = memory + memory_position
         for layer in self.layers:
-            x, index = layer(x, keys, memory, (cos, sin), num_pointer_tokens, index), None
+            run = recomputed(layer, recompute.selective) if recompute.memory else layer
+            x, index = run(x, keys, memory, (cos, sin), num_pointer_tokens, index), None
         return self.norm(x).transpose(1, 2).unflatten(-1, (height, width))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from sam2fast_kernels.upsample import upsample
 
-from ..performance import PerformanceConfig
+from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
 from .encoder import ImageEncoder
 from .layers import MLP, Learned
@@ -79,19 +81,22 @@ class SAM2(nn.Module):
     def __init__(
         self,
         arch: Architecture,
-        recompute: Literal["none", "decoder"] = "none",
+        recompute: str = "none",
         performance: PerformanceConfig | None = None,
+        offload_activations: bool = False,
     ) -> None:
         """Build the model with random weights.
 
         Args:
-            recompute: what the backward pass of `rollout` computes again instead of keeping its activations.
+            recompute: what the backward pass of `rollout` computes again, see `RecomputePolicy.parse`.
             performance: the optimizations that are on; None takes the defaults.
+            offload_activations: what the image encoder keeps for the backward pass waits in memory of the host.
         """
         super().__init__()
         dim, memory_dim = arch.hidden_dim, arch.memory_dim
         self.arch = arch
-        self.recompute = recompute
+        self.recompute = RecomputePolicy.parse(recompute)
+        self.offload_activations = offload_activations
         self.performance = performance or PerformanceConfig()
         self._tables = TableCache()
 
@@ -145,7 +150,8 @@ class SAM2(nn.Module):
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype = self.dtype
-        fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
+        with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
+            fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
         high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
         return ImageFeatures(top.to(dtype), high_res)
 
@@ -178,7 +184,7 @@ class SAM2(nn.Module):
             num_pointer_tokens = pointers.shape[1]
             tokens, positions = [*tokens, pointers], [*positions, pointer_positions]
         memory, position = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
-        return self.memory_attention(top, memory, position, num_pointer_tokens, index)
+        return self.memory_attention(top, memory, position, num_pointer_tokens, index, self.recompute)
 
     def _spatial_tokens(self, chosen: Sequence[tuple[FrameMemory, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [N, hw, 64] and their encodings in space and time [1, hw, 64], of every memory."""

@@ -69,7 +69,7 @@ def simulate(case: Entry, optimized: bool = True) -> dict[str, Any]:
     memory_log: list[list] = []
 
     def log(_: torch.nn.Module, inputs: tuple) -> None:
-        _, memory, _, num_pointer_tokens, _ = inputs
+        _, memory, _, num_pointer_tokens, *_ = inputs
         memory_log.append([[memory.shape[1], memory.shape[0], memory.shape[2]], num_pointer_tokens])
 
     handle = model.memory_attention.register_forward_pre_hook(log)
