@@ -26,6 +26,8 @@ class PerformanceConfig(Section):
     """Window attention of the trunk projects the tokens of the image alone, not the padding of the windows."""
     skip_dropped_paths: bool = True
     """Stochastic depth leaves out the samples of a block that it drops, instead of multiplying them by zero."""
+    lean_projections: bool = True
+    """Linear layers of the trunk: the output of a GELU is computed again, q, k and v have no gradient in common."""
     folded_projections: bool = True
     """The neck's projections of strides 4 and 8 and the decoder's after them are one matrix product."""
     shared_image_features: bool = True

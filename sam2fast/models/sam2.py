@@ -107,7 +107,7 @@ class SAM2(nn.Module):
         self.no_obj_ptr = Learned(1, dim, std=0.02)
         if arch.no_object_embed_spatial:
             self.no_obj_embed_spatial = Learned(1, memory_dim, std=0.02)
-        self.image_encoder = ImageEncoder(arch)
+        self.image_encoder = ImageEncoder(arch, self.performance)
         self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
         self.memory_attention = MemoryAttention(
             dim, memory_dim, arch.memory_layers, arch.memory_dropout, self.performance
