@@ -150,6 +150,7 @@ class SAM2(nn.Module):
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype = self.dtype
+        self.image_encoder.trunk.recompute = self.recompute
         with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
             fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
         high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
