@@ -8,6 +8,7 @@ always there), `cpp` (kernels/csrc, built by CMakeLists.txt when the package is 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -26,6 +27,9 @@ NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_REMEDY = (
     "install cmake and a C++20 compiler, then run in the checkout: pip install --no-deps --no-build-isolation -e ."
 )
+
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""What the kernels of floating-point operators take; float64 runs on the reference."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FLOP_FORMULAS: dict[str, Callable[..., int]] = {}
@@ -51,6 +55,22 @@ def _compiled() -> frozenset[str]:
     return frozenset(torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if load_native() else ())
 
 
+def lazy(package: str, path: str) -> Callable:
+    """The function `path`, "module:function" in `package`, whose module is imported when it is first called."""
+    module, _, function = path.partition(":")
+
+    def run(*args):
+        return getattr(importlib.import_module(f".{module}", package), function)(*args)
+
+    return run
+
+
+def define_native(name: str, signature: str) -> None:
+    """Declare `sam2fast::<name>`, a compiled step of a back end that is written in Python; it is no operator for users
+    and has neither gradient nor fake implementation."""
+    _OPERATORS.define(name + signature)
+
+
 class Operator:
     """`sam2fast::<name>` and its overloads, each with schema, fake implementation and (if any) autograd formula."""
 
@@ -62,6 +82,7 @@ class Operator:
         reference: Callable,
         fake: Callable,
         triton: Callable | None = None,
+        cpp: tuple[Callable, str] | None = None,
         kernel_dtypes: frozenset[torch.dtype] | None = None,
         flops: Callable[..., int] | None = None,
         slower: str = "",
@@ -72,6 +93,8 @@ class Operator:
             signature: the schema without its name, `(Tensor x) -> Tensor`.
             fake: computes shapes and dtypes of the outputs only, for torch.compile and FakeTensorMode.
             triton: launches the Triton kernels; imports them, and Triton, when it is called.
+            cpp: where this back end is Python over compiled steps: its function, and one of the steps; None where it is
+                compiled as a whole.
             kernel_dtypes: dtypes of the first argument that `cpp` and `triton` take; None for all.
             flops: arithmetic of a call from the shapes of its arguments, see `register_flop_formulas`.
             slower: what a user loses where `auto` falls back to `reference`.
@@ -81,8 +104,9 @@ class Operator:
         self._kernel_dtypes = kernel_dtypes
         self._slower = slower
         self._define("reference", signature, fake, reference)
-        if f"sam2fast::{name}.cpp" in _compiled():
-            self._define("cpp", signature, fake, None)
+        run, step = cpp or (None, f"{name}.cpp")
+        if f"sam2fast::{step}" in _compiled():
+            self._define("cpp", signature, fake, run)
         if triton is not None:
             self._define("triton", signature, fake, triton)
         if flops is not None:

@@ -90,18 +90,6 @@ def _fake(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
     return logits.new_empty((n, 2), dtype=torch.int64), logits.new_empty((n,), dtype=torch.bool)
 
 
-def _triton_uniform(*args) -> tuple[Tensor, Tensor]:
-    from . import triton
-
-    return triton.click_uniform(*args)
-
-
-def _triton_center(*args) -> tuple[Tensor, Tensor]:
-    from . import triton
-
-    return triton.click_center(*args)
-
-
 def _flops(logits_shape: torch.Size, targets_shape: torch.Size, *_, **__) -> int:
     n, height, width = logits_shape
     return UPSAMPLING_FLOPS * n * height * width * (targets_shape[1] // height) ** 2
@@ -109,15 +97,14 @@ def _flops(logits_shape: torch.Size, targets_shape: torch.Size, *_, **__) -> int
 
 UPSAMPLING_FLOPS = 3
 """Floating-point operations of a pixel; everything else is in whole numbers."""
-KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 click_uniform = library.Operator(
     "click_uniform",
     "(Tensor logits, Tensor targets, bool packed, Tensor uniform) -> (Tensor coords, Tensor positive)",
     reference=reference.click_uniform,
     fake=_fake,
-    triton=_triton_uniform,
-    kernel_dtypes=KERNEL_DTYPES,
+    triton=library.lazy(__package__, "triton:click_uniform"),
+    kernel_dtypes=library.KERNEL_DTYPES,
     flops=_flops,
     slower="over ten times slower and with full-resolution copies",
 )
@@ -126,8 +113,8 @@ click_center = library.Operator(
     "(Tensor logits, Tensor targets, bool packed) -> (Tensor coords, Tensor positive)",
     reference=reference.click_center,
     fake=_fake,
-    triton=_triton_center,
-    kernel_dtypes=KERNEL_DTYPES,
+    triton=library.lazy(__package__, "triton:click_center"),
+    kernel_dtypes=library.KERNEL_DTYPES,
     flops=_flops,
     slower="hundreds of times slower and with full-resolution copies",
 )

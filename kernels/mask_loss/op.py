@@ -137,18 +137,6 @@ def _fake_backward(grad_sums: Tensor, logits: Tensor, *_) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _triton(*args) -> tuple[Tensor, Tensor]:
-    from . import triton
-
-    return triton.mask_sums(*args)
-
-
-def _triton_backward(*args) -> Tensor:
-    from . import triton
-
-    return triton.mask_sums_backward(*args)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     logits, targets, *ctx.options = inputs
     ctx.save_for_backward(logits, targets)
@@ -175,15 +163,14 @@ def _flops_backward(_, logits_shape: torch.Size, targets_shape: torch.Size, *__,
 
 FORWARD_FLOPS, BACKWARD_FLOPS = 48, 54
 """Floating-point operations per pixel and candidate, counted in README.md."""
-KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 mask_sums = library.Operator(
     "mask_sums",
     "(Tensor logits, Tensor targets, bool packed, float gamma, float alpha) -> (Tensor sums, Tensor counts)",
     reference=reference.mask_sums,
     fake=_fake,
-    triton=_triton,
-    kernel_dtypes=KERNEL_DTYPES,
+    triton=library.lazy(__package__, "triton:mask_sums"),
+    kernel_dtypes=library.KERNEL_DTYPES,
     flops=_flops,
     slower="over ten times slower and with full-resolution copies",
 )
@@ -192,7 +179,7 @@ mask_sums_backward = library.Operator(
     "(Tensor grad_sums, Tensor logits, Tensor targets, bool packed, float gamma, float alpha) -> Tensor",
     reference=reference.mask_sums_backward,
     fake=_fake_backward,
-    triton=_triton_backward,
+    triton=library.lazy(__package__, "triton:mask_sums_backward"),
     flops=_flops_backward,
 )
 mask_sums.differentiate(mask_sums_backward, _backward, _setup_context)

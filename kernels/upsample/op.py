@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..mask_loss.op import KERNEL_DTYPES
 from . import reference
 
 Activation = Literal["none", "sigmoid", "binary"]
@@ -55,7 +54,7 @@ def upsample(
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if dtype == torch.float64:
         logits = logits.double()
-    elif dtype not in KERNEL_DTYPES:
+    elif dtype not in library.KERNEL_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, not {dtype}")
     run = upsample_forward.choose(backend, logits)
     return run(logits, factor, ACTIVATIONS.index(activation), float(scale), float(bias), dtype)
@@ -81,18 +80,6 @@ def _fake(logits: Tensor, factor: int, activation: int, scale: float, bias: floa
 
 def _fake_backward(grad: Tensor, logits: Tensor, *_) -> Tensor:
     return logits.new_empty(logits.shape)
-
-
-def _triton(*args) -> Tensor:
-    from . import triton
-
-    return triton.upsample(*args)
-
-
-def _triton_backward(*args) -> Tensor:
-    from . import triton
-
-    return triton.upsample_backward(*args)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -121,8 +108,8 @@ upsample_forward = library.Operator(
     "(Tensor logits, int factor, int activation, float scale, float bias, ScalarType dtype) -> Tensor",
     reference=reference.upsample,
     fake=_fake,
-    triton=_triton,
-    kernel_dtypes=KERNEL_DTYPES,
+    triton=library.lazy(__package__, "triton:upsample"),
+    kernel_dtypes=library.KERNEL_DTYPES,
     flops=_flops,
     slower="several times slower and with full-resolution copies",
 )
@@ -131,7 +118,7 @@ upsample_backward = library.Operator(
     "(Tensor grad, Tensor logits, int factor, int activation, float scale) -> Tensor",
     reference=reference.upsample_backward,
     fake=_fake_backward,
-    triton=_triton_backward,
+    triton=library.lazy(__package__, "triton:upsample_backward"),
     flops=_flops_backward,
 )
 upsample_forward.differentiate(upsample_backward, _backward, _setup_context)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from sam2fast_kernels.upsample import upsample
 
-from ..performance import PerformanceConfig
+from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
 from .encoder import ImageEncoder
 from .layers import MLP, Learned
@@ -79,19 +81,22 @@ class SAM2(nn.Module):
     def __init__(
         self,
         arch: Architecture,
-        recompute: Literal["none", "decoder"] = "none",
+        recompute: str = "none",
         performance: PerformanceConfig | None = None,
+        offload_activations: bool = False,
     ) -> None:
         """Build the model with random weights.
 
         Args:
-            recompute: what the backward pass of `rollout` computes again instead of keeping its activations.
+            recompute: what the backward pass of `rollout` computes again, see `RecomputePolicy.parse`.
             performance: the optimizations that are on; None takes the defaults.
+            offload_activations: what the image encoder keeps for the backward pass waits in memory of the host.
         """
         super().__init__()
         dim, memory_dim = arch.hidden_dim, arch.memory_dim
         self.arch = arch
-        self.recompute = recompute
+        self.recompute = RecomputePolicy.parse(recompute)
+        self.offload_activations = offload_activations
         self.performance = performance or PerformanceConfig()
         self._tables = TableCache()
 
@@ -102,9 +107,11 @@ class SAM2(nn.Module):
         self.no_obj_ptr = Learned(1, dim, std=0.02)
         if arch.no_object_embed_spatial:
             self.no_obj_embed_spatial = Learned(1, memory_dim, std=0.02)
-        self.image_encoder = ImageEncoder(arch)
+        self.image_encoder = ImageEncoder(arch, self.performance)
         self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
-        self.memory_attention = MemoryAttention(dim, memory_dim, arch.memory_layers, arch.memory_dropout)
+        self.memory_attention = MemoryAttention(
+            dim, memory_dim, arch.memory_layers, arch.memory_dropout, self.performance
+        )
         self.memory_encoder = MemoryEncoder(dim, memory_dim)
         self.sam_prompt_encoder = PromptEncoder(dim)
         self.sam_mask_decoder = MaskDecoder(dim)
@@ -143,7 +150,8 @@ class SAM2(nn.Module):
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype = self.dtype
-        fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
+        with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
+            fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
         high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
         return ImageFeatures(top.to(dtype), high_res)
 
@@ -155,14 +163,18 @@ class SAM2(nn.Module):
         num_frames: int,
         reverse: bool = False,
         initial: bool = False,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Condition the features [N, 256, h, w] of `frame` on the memory bank.
+
+        With `index` (int64 [N]), `top` has the features [B, 256, h, w] of images, and object n is in image index[n].
 
         Frames prompted at the start (`initial`), and frames without any memory, only get the no-memory embedding. See
         `select_memories` for which memories count; in training mode these include pointers from the future.
         """
         chosen = None if initial else select_memories(memories, frame, num_frames, self.arch, self.training, reverse)
         if chosen is None or not (chosen.spatial or chosen.pointers):
+            top = top if index is None else top[index]
             return top + self.no_mem_embed().view(1, -1, 1, 1)
         tokens, positions = self._spatial_tokens(chosen.spatial)
         num_pointer_tokens = 0
@@ -171,7 +183,8 @@ class SAM2(nn.Module):
             pointers, pointer_positions = self._pointer_tokens(chosen.pointers, max_distance)
             num_pointer_tokens = pointers.shape[1]
             tokens, positions = [*tokens, pointers], [*positions, pointer_positions]
-        return self.memory_attention(top, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), num_pointer_tokens)
+        memory, position = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        return self.memory_attention(top, memory, position, num_pointer_tokens, index, self.recompute)
 
     def _spatial_tokens(self, chosen: Sequence[tuple[FrameMemory, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [N, hw, 64] and their encodings in space and time [1, hw, 64], of every memory."""
