@@ -71,7 +71,8 @@ def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: boo
             steps, points = _simulate_user(model, conditioned, features.high_res, truth, frame, plan)
         final = steps[-1]
         spatial = None
-        if keep_all_memories or set(plan.order[position + 1 :]) - set(plan.init_frames):
+        unread = not set(plan.order[position + 1 :]) - set(plan.init_frames)
+        if keep_all_memories or not (unread and model.performance.skip_unread):
             mask = final.best if final.full_res is None else final.full_res
             encode = model.encode_memory
             if model.recompute.memory:
