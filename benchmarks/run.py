@@ -10,18 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import cases
 import torch
 from harness.case import Case
+from harness.command import OneLineParser
 from harness.compare import compare
 from harness.report import append_csv, device_name, json_line, print_table
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:

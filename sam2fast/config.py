@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .config_section import Name, NonNegative, Positive, Probability, Section
-from .performance import PerformanceConfig
+from .performance import PerformanceConfig, RecomputePolicy, automatic_budget
 
 
 class UserError(ValueError):
@@ -45,15 +45,26 @@ class ModelConfig(Section):
     local_memory_init: bool = False
     """Random weights whose memory attention looks at the same place of other frames from the start (off: as
     official)."""
-    recompute: Literal["none", "decoder"] = "decoder"
-    """Activations that the backward pass computes again instead of keeping them: none, or those of prompt encoder and
-    mask decoder, of which every click of every object has its own. The same numbers for another forward of both."""
+    recompute: str = "decoder"
+    """Activations that the backward pass computes again instead of keeping them: none, or parts joined by + of decoder
+    (of which every click of every object has its own), trunk, memory, and selective, which keeps what matrix products
+    and attention computed. auto takes the least that fits into free memory, auto:40 into 40 GiB. The same numbers for
+    more arithmetic."""
+    offload_activations: bool = False
+    """What the trunk keeps for the backward pass waits in pinned memory of the host. Costs transfers."""
     performance: PerformanceConfig = PerformanceConfig()
 
     @field_validator("version", mode="before")
     @classmethod
     def _as_text(cls, value: object) -> object:
         return str(value) if isinstance(value, float) else value  # YAML reads 2.0 as a number
+
+    @field_validator("recompute")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        if automatic_budget(value) is None:
+            RecomputePolicy.parse(value)
+        return value
 
     @field_validator("image_size")
     @classmethod

@@ -6,6 +6,8 @@ With all of them off the model computes as the official one does, operation by o
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 from .config_section import Section
 
 
@@ -24,16 +26,79 @@ class PerformanceConfig(Section):
     """Window attention of the trunk projects the tokens of the image alone, not the padding of the windows."""
     skip_dropped_paths: bool = True
     """Stochastic depth leaves out the samples of a block that it drops, instead of multiplying them by zero."""
+    lean_projections: bool = True
+    """Linear layers of the trunk: the output of a GELU is computed again, q, k and v have no gradient in common."""
     folded_projections: bool = True
     """The neck's projections of strides 4 and 8 and the decoder's after them are one matrix product."""
     shared_image_features: bool = True
     """Mask decoder: what is equal for all masks of an image is neither copied nor computed for each."""
+    absorbed_projections: bool = True
+    """Mask decoder: the tokens take over the projections of the image they attend to or are attended by, so that no
+    queries, keys and values of the image exist; LayerNorm and residual sum are part of it."""
+    fused_upscaling: bool = True
+    """Mask decoder: features at stride 4 exist for a few objects at a time, and only masks in use are computed."""
     fused_norms: bool = True
     """Convolutions run channels-last, with LayerNorm2d, GELU and residual sums fused."""
     skip_unread: bool = True
-    """Memories that no later frame reads are not encoded, and mask-prompt frames have no loss computed."""
+    """Memories that no later frame reads (those of the last frame, and of images) are not encoded."""
 
     @classmethod
     def all_off(cls) -> PerformanceConfig:
         """Every optimization off."""
         return cls(**dict.fromkeys(cls.model_fields, False))
+
+
+@dataclass(frozen=True)
+class RecomputePolicy:
+    """Which activations the backward pass computes again instead of keeping them. Exact: the same numbers for more
+    arithmetic."""
+
+    decoder: bool = False
+    """Prompt encoder and mask decoder, of which every click of every object has its own."""
+    trunk: bool = False
+    """Blocks of the image encoder."""
+    memory: bool = False
+    """Layers of memory attention, and the memory encoder."""
+    selective: bool = False
+    """The outputs of matrix products, convolutions and attention are kept even so: less memory saved, little computed
+    again."""
+
+    @classmethod
+    def parse(cls, text: str) -> RecomputePolicy:
+        """Read "none" or parts joined by "+", for instance "decoder+trunk".
+
+        Raises:
+            ValueError: an unknown part, one that is named twice, or "selective" alone.
+        """
+        if text == "none":
+            return cls()
+        names, parts = [part.name for part in fields(cls)], text.split("+")
+        if set(parts) - set(names) or len(set(parts)) < len(parts) or parts == ["selective"]:
+            raise ValueError(
+                f"unknown recompute policy {text!r}: write none, auto, auto:GIB, or parts joined by +, of "
+                f"{', '.join(names)} (the last beside others), for instance decoder+trunk"
+            )
+        return cls(**dict.fromkeys(parts, True))
+
+
+RECOMPUTE_LADDER = ("none", "decoder", "decoder+trunk+selective", "decoder+trunk", "decoder+trunk+memory")
+"""From the least to the most that is computed again: `auto` takes the first that fits."""
+
+
+def automatic_budget(text: str) -> float | None:
+    """GiB of "auto:GIB", 0 for "auto" (whatever is free), None for a policy that is no automatic one.
+
+    Raises:
+        ValueError: a budget that is no positive number.
+    """
+    if text == "auto":
+        return 0.0
+    if not text.startswith("auto:"):
+        return None
+    try:
+        budget = float(text.removeprefix("auto:"))
+    except ValueError:
+        budget = 0.0
+    if not 0 < budget < float("inf"):
+        raise ValueError(f"recompute {text!r}: write a positive number of GiB, for instance auto:40")
+    return budget

@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointStore, RunState, save_state, write_folder
-from .config import Config, ConfigError
+from .config import Config, ConfigError, ModelConfig, StageConfig
 from .data.formats import open_dataset
 from .data.sample import Dataset
 from .data.sampling import ClipDataset
 from .evaluation.guards import Guard
 from .evaluation.validate import check_sets, image_scores, validate, video_scores
-from .models.architecture import architecture
+from .memory_plan import choose_recompute
+from .models.architecture import Architecture, architecture
 from .models.official import load_checkpoint, save_checkpoint, split_checkpoint
 from .models.sam2 import SAM2
 from .optim import build_groups, freeze
 from .parallel import Engine, Ranks, build_engine
 from .parallel.engine import autocast
+from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
 from .telemetry.gpu import GpuStats
 from .telemetry.meters import Meters
@@ -90,21 +92,38 @@ def _open_datasets(config: Config) -> dict[str, Dataset]:
     return datasets
 
 
+def _architecture(settings: ModelConfig) -> Architecture:
+    return architecture(
+        settings.size,
+        settings.version,
+        settings.image_size,
+        drop_path=settings.drop_path,
+        memory_dropout=settings.memory_dropout,
+        multimask_tracking=settings.multimask_tracking,
+    )
+
+
+def _choose_recompute(run: _Run, stage: StageConfig) -> str | None:
+    """The policy of a stage where it is chosen automatically. One for all ranks, or sharded training would deadlock."""
+    config, ranks = run.config, run.ranks
+    budget = automatic_budget(config.model.recompute)
+    if budget is None:
+        return None
+    policy, line = choose_recompute(config, stage, _architecture(config.model), ranks.device, budget)
+    run.telemetry.progress.message(line)
+    return max(ranks.gather(policy), key=RECOMPUTE_LADDER.index)
+
+
 def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
     """The model of a run with weights from an official checkpoint, or seeded random ones."""
     torch.manual_seed(config.seed)
     settings = config.model
+    automatic = automatic_budget(settings.recompute) is not None
     model = SAM2(
-        architecture(
-            settings.size,
-            settings.version,
-            settings.image_size,
-            drop_path=settings.drop_path,
-            memory_dropout=settings.memory_dropout,
-            multimask_tracking=settings.multimask_tracking,
-        ),
-        recompute=settings.recompute,
+        _architecture(settings),
+        recompute="none" if automatic else settings.recompute,
         performance=settings.performance,
+        offload_activations=settings.offload_activations,
     )
     if settings.local_memory_init:
         model.memory_attention.attend_locally()
@@ -133,6 +152,8 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     stage = config.stages[state.stage]
     before = run.folder.stage(config, state.stage - 1) / "model.pt" if state.stage else config.model.checkpoint
     model = build_model(config, before).to(ranks.device).train()
+    if policy := _choose_recompute(run, stage):
+        model.recompute = RecomputePolicy.parse(policy)
     freeze(model, stage.freeze)
     groups = build_groups(model, stage.optim)
     engine = build_engine(config.engine, stage.optim, ranks, model, groups, config.precision, stage.accumulate,

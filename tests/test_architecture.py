@@ -32,6 +32,7 @@ ALLOWED = {
     "evaluation": {"config", "data", "models", "parallel"},
     "checkpoint": {"config", "parallel", "models.official"},
     "run_folder": {"config", "config_file", "checkpoint"},
+    "memory_plan": {"config", "performance", "data.sample", "models", "losses", "optim", "parallel"},
     "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint"},
 }
 ALLOWED["recipe"] = {*ALLOWED, "trainer"}

@@ -25,6 +25,15 @@ def discs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return logits.to(device), torch.stack(targets).to(device)
 
 
+def moving_discs(num_frames: int, objects: int, side: int) -> Tensor:
+    """Masks bool [T, N, H, W] of discs that drift to the right, all of them visible in every frame."""
+    generator = torch.Generator().manual_seed(0)
+    start = 0.25 + 0.4 * torch.rand(objects, 2, generator=generator)
+    radius = 0.05 + 0.15 * torch.rand(objects, 1, 1, generator=generator)
+    frames = [_distance(start + torch.tensor([0.01 * t, 0.0]), side) < radius for t in range(num_frames)]
+    return torch.stack(frames)
+
+
 def _distance(center: Tensor, side: int) -> Tensor:
     """Distance of each pixel center to the points [..., 2], as a share of the side: [..., side, side]."""
     axis = (torch.arange(side) + 0.5) / side

@@ -1,4 +1,4 @@
-"""Image encoder: timm's Hiera trunk and the feature pyramid neck of SAM 2."""
+"""Image encoder: the Hiera trunk and the feature pyramid neck of SAM 2."""
 
 from __future__ import annotations
 
@@ -7,31 +7,9 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import compat  # noqa: F401  must come before timm, which imports torchvision
+from ..performance import PerformanceConfig
 from .architecture import Architecture
-
-from timm.models.hieradet_sam2 import HieraDet  # isort: skip
-
-
-class HieraTrunk(HieraDet):
-    """Hiera (arXiv 2306.00989) as SAM 2 uses it, without the classifier."""
-
-    def __init__(self, arch: Architecture) -> None:
-        super().__init__(
-            num_classes=0,
-            embed_dim=arch.embed_dim,
-            num_heads=arch.num_heads,
-            stages=arch.stages,
-            global_pos_size=arch.position_size,
-            window_spec=arch.window_sizes,
-            global_att_blocks=arch.global_attention_blocks,
-            drop_path_rate=arch.drop_path,
-        )
-        self.head = nn.Identity()
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Features [B, C_i, H_i, W_i] of the four stages, strides 4 to 32."""
-        return self.forward_intermediates(images, stop_early=False, intermediates_only=True)
+from .trunk import HieraTrunk
 
 
 class FpnNeck(nn.Module):
@@ -54,9 +32,9 @@ class FpnNeck(nn.Module):
 class ImageEncoder(nn.Module):
     """Images to a pyramid of features."""
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
         super().__init__()
-        self.trunk = HieraTrunk(arch)
+        self.trunk = HieraTrunk(arch, performance)
         self.neck = FpnNeck(arch.channels, arch.hidden_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,33 +6,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam2fast_kernels.dropout import dropout_add, relu_dropout
+from sam2fast_kernels.memory_attention import memory_attention
+
+from ..performance import PerformanceConfig, RecomputePolicy
 from .layers import Attention
 from .position import TableCache, apply_rotary, rotary_tables, sine_encoding_2d
+from .recompute import recomputed
+
+KEEP_ALL = RecomputePolicy()
+
+
+class ValueProjection(nn.Linear):
+    """Linear map that also takes weighted sums of values, instead of the values themselves."""
+
+    def forward(self, x: Tensor, row_sum: Tensor | None = None) -> Tensor:
+        """x [N, L, in]; with `row_sum` [N, L], the sum of the weights that made x: their sum of projected values."""
+        if row_sum is None:
+            return super().forward(x)
+        out = F.linear(x, self.weight)
+        return torch.addcmul(out, row_sum.to(out.dtype).unsqueeze(-1), self.bias.to(out.dtype))
 
 
 class RoPEAttention(Attention):
-    """Attention with axial rotary embedding of queries and keys."""
+    """Attention of one head with axial rotary embedding of queries and keys."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int = 0) -> Tensor:
+    def __init__(
+        self, dim: int, kv_dim: int | None = None, dropout: float = 0.0, performance: PerformanceConfig | None = None
+    ) -> None:
+        super().__init__(dim, 1, kv_dim=kv_dim, dropout=dropout)
+        self.v_proj = ValueProjection(kv_dim or dim, dim)
+        self.performance = performance or PerformanceConfig()
+        self.absorbs = self.performance.absorbed_values and kv_dim is not None and kv_dim < dim
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: tuple[Tensor, Tensor],
+        num_unrotated: int = 0,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """q [N, hw, dim] on the grid of `tables`; k, v [N, r hw + num_unrotated, kv_dim]: r such grids, then tokens
-        without a place in the image, whose keys are not rotated."""
-        q = apply_rotary(self._heads(self.q_proj(q)), *tables)
-        k = self._heads(self.k_proj(k))
+        without a place in the image, whose keys are not rotated. With `index` (int64), rows of the result are those of
+        the projected q, k and v at these places, each with dropout of its own."""
+        q, k = self.q_proj(q), self.k_proj(k)
+        v = v.to(q.dtype) if self.absorbs else self.v_proj(v)
+        if index is not None:
+            q, k, v = (_take(x, index) for x in (q, k, v))
+        out, row_sum = self._weighted_sums(q, k, v, tables, num_unrotated)
+        return self.out_proj(self.v_proj(out, row_sum) if self.absorbs else out)
+
+    def _weighted_sums(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums of the values [N, hw, D] by dropped attention weights, and (where values are absorbed) those of the
+        weights [N, hw]."""
+        dropout = self.dropout if self.training else 0.0
+        if self.performance.fused_memory_attention:
+            return memory_attention(q, k, v, rotary=tables, num_unrotated=num_unrotated, dropout=dropout)
+        q = apply_rotary(q, *tables)
         if num_unrotated:
-            placed, rest = k.split([k.shape[2] - num_unrotated, num_unrotated], dim=2)
-            k = torch.cat([apply_rotary(placed, *tables), rest], dim=2)
+            placed, rest = k.split([k.shape[1] - num_unrotated, num_unrotated], dim=1)
+            k = torch.cat([apply_rotary(placed, *tables), rest], dim=1)
         else:
             k = apply_rotary(k, *tables)
-        return self._attend(q, k, self._heads(self.v_proj(v)))
+        if self.absorbs:
+            v = F.pad(v, (0, 1), value=1.0)  # the sum of the weights is that of this column
+        out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dropout_p=dropout)
+        out = out.squeeze(1)
+        return (out[..., :-1], out[..., -1]) if self.absorbs else (out, None)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]; of one row only, a view."""
+    return x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x[index]
 
 
 class MemoryAttentionLayer(nn.Module):
     """Pre-norm block: self-attention, cross-attention to memory, feed-forward."""
 
-    def __init__(self, dim: int, memory_dim: int, hidden_dim: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, memory_dim: int, hidden_dim: int, dropout: float, performance: PerformanceConfig
+    ) -> None:
         super().__init__()
-        self.self_attn = RoPEAttention(dim, 1, dropout=dropout)
-        self.cross_attn_image = RoPEAttention(dim, 1, kv_dim=memory_dim, dropout=dropout)
+        self.fused_dropout = performance.fused_dropout
+        self.self_attn = RoPEAttention(dim, dropout=dropout, performance=performance)
+        self.cross_attn_image = RoPEAttention(dim, kv_dim=memory_dim, dropout=dropout, performance=performance)
         self.linear1 = nn.Linear(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(hidden_dim, dim)
@@ -44,28 +105,62 @@ class MemoryAttentionLayer(nn.Module):
         self.dropout3 = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: tuple[Tensor, Tensor],
+        num_unrotated: int,
+        index: Tensor | None = None,
     ) -> Tensor:
+        """x [N, hw, dim]; with `index` (int64 [N]) x [B, hw, dim], what image each of N objects starts from."""
+        x = self._attend_to_itself(x, tables, index)
+        x = self._add(x, self.cross_attn_image(self.norm2(x), keys, values, tables, num_unrotated), self.dropout2)
+        return self._add(x, self.linear2(self._rectify(self.linear1(self.norm3(x)))), self.dropout3)
+
+    def _attend_to_itself(self, x: Tensor, tables: tuple[Tensor, Tensor], index: Tensor | None) -> Tensor:
         normed = self.norm1(x)
-        x = x + self.dropout1(self.self_attn(normed, normed, normed, tables))
-        x = x + self.dropout2(self.cross_attn_image(self.norm2(x), keys, values, tables, num_unrotated))
-        return x + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(self.norm3(x))))))
+        # Without dropout objects of an image differ in nothing so far.
+        differs = self.training and self.self_attn.dropout > 0
+        out = self.self_attn(normed, normed, normed, tables, index=index if differs else None)
+        if index is None:
+            return self._add(x, out, self.dropout1)
+        return self._add(_take(x, index), out if differs else _take(out, index), self.dropout1)
+
+    def _add(self, x: Tensor, update: Tensor, dropout: nn.Dropout) -> Tensor:
+        if self.fused_dropout and self.training and dropout.p > 0:
+            return dropout_add(x, update, dropout.p)
+        return x + dropout(update)
+
+    def _rectify(self, x: Tensor) -> Tensor:
+        if self.fused_dropout and self.training and self.dropout.p > 0:
+            return relu_dropout(x, self.dropout.p)
+        return self.dropout(F.relu(x))
 
 
 class MemoryAttention(nn.Module):
     """Conditions the features of a frame on the memories of other frames and on object pointers."""
 
-    def __init__(self, dim: int, memory_dim: int, num_layers: int, dropout: float, hidden_dim: int = 2048) -> None:
+    def __init__(
+        self,
+        dim: int,
+        memory_dim: int,
+        num_layers: int,
+        dropout: float,
+        performance: PerformanceConfig,
+        hidden_dim: int = 2048,
+    ) -> None:
         super().__init__()
         self.dim = dim
+        self.shares = performance.shared_self_attention
         self.layers = nn.ModuleList(
-            MemoryAttentionLayer(dim, memory_dim, hidden_dim, dropout) for _ in range(num_layers)
+            MemoryAttentionLayer(dim, memory_dim, hidden_dim, dropout, performance) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
         self._tables = TableCache()
 
-    def _grid_tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        def build() -> tuple[Tensor, Tensor, Tensor]:
+    def _grid_tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+        def build() -> tuple[Tensor, ...]:
             position = sine_encoding_2d(self.dim, height, width, device).flatten(1).T  # [hw, dim]
             return 0.1 * position, *rotary_tables(self.dim, height, width, device)
 
@@ -91,16 +186,32 @@ class MemoryAttention(nn.Module):
                 projection.bias[chosen] = strength
                 projection.bias[half + chosen] = strength
 
-    def forward(self, features: Tensor, memory: Tensor, memory_position: Tensor, num_pointer_tokens: int) -> Tensor:
-        """Condition features [N, dim, h, w] on memory [N, r h w + num_pointer_tokens, memory_dim].
+    def forward(
+        self,
+        features: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        num_pointer_tokens: int,
+        index: Tensor | None = None,
+        recompute: RecomputePolicy = KEEP_ALL,
+    ) -> Tensor:
+        """Condition features on the memories of N objects: [N, dim, h, w].
 
-        `memory_position` ([1 or N, same, memory_dim]) is added to the keys alone; pointer tokens come last.
+        Args:
+            features: [N, dim, h, w] of objects, or with `index` [B, dim, h, w] of images.
+            memory: [N, r h w + num_pointer_tokens, memory_dim]; pointer tokens come last.
+            memory_position: [1 or N, same, memory_dim], added to the keys alone.
+            index: int64 [N], the image of each object.
+            recompute: whether the layers' activations are kept.
         """
         height, width = features.shape[-2:]
         position, cos, sin = self._grid_tables(height, width, features.device)
-        x = features.flatten(2).transpose(1, 2)  # [N, hw, dim]
+        x = features.flatten(2).transpose(1, 2)  # [B, hw, dim]
         x = x + position.to(x.dtype)
+        if index is not None and not self.shares:
+            x, index = x[index], None
         keys = memory + memory_position
         for layer in self.layers:
-            x = layer(x, keys, memory, (cos, sin), num_pointer_tokens)
+            run = recomputed(layer, recompute.selective) if recompute.memory else layer
+            x, index = run(x, keys, memory, (cos, sin), num_pointer_tokens, index), None
         return self.norm(x).transpose(1, 2).unflatten(-1, (height, width))

@@ -71,28 +71,27 @@ def sine_encoding_2d(dim: int, height: int, width: int, device: torch.device | s
 def rotary_tables(
     dim: int, height: int, width: int, device: torch.device | str | None = None, theta: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables of axial rotary embedding for a row-major grid, each [height * width, dim].
+    """Cosine and sine tables of axial rotary embedding for a row-major grid, float32, each [height * width, dim / 2].
 
-    Channels form neighboring pairs: the first dim/4 pairs turn with x, the others with y (RoPE-ViT, arXiv 2403.13298).
-    Both entries of a pair hold its cosine; the sines carry the signs of the rotation, so that with swapped pairs x'
-    `x * cos + x' * sin` is the rotation of x. Real tables instead of complex numbers: they compile and autocast.
+    Channels form neighboring pairs, with an entry each: the first dim/4 pairs turn with x, the others with y (RoPE-ViT,
+    arXiv 2403.13298). Real tables instead of complex numbers: they compile and autocast.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 4, dtype=torch.float32, device=device) / dim)
     index = torch.arange(height * width, device=device)
     column, row = (index % width).float(), (index // width).float()
     angles = torch.cat([torch.outer(column, frequencies), torch.outer(row, frequencies)], dim=-1)  # [hw, dim / 2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack([cos, cos], dim=-1).flatten(1), torch.stack([-sin, sin], dim=-1).flatten(1)
+    return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [..., L, dim] by tables [hw, dim]; a sequence of several grids (L = r hw) repeats the tables.
+    """Rotate x [..., L, dim] by tables [hw, dim / 2]; a sequence of several grids (L = r hw) repeats the tables.
 
     Computed in float32 and returned in the dtype of x.
     """
     grids = x.float().unflatten(-2, (-1, cos.shape[0]))  # [..., r, hw, dim]
-    swapped = grids.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(grids * cos, swapped, sin).flatten(-3, -2).to(x.dtype)
+    a, b = grids.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return rotated.flatten(-2).flatten(-3, -2).to(x.dtype)
 
 
 class FourierEncoding(nn.Module):

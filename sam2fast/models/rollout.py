@@ -8,16 +8,15 @@ memory, over the whole clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .memory_bank import FrameMemory
 from .plan import RolloutPlan
 from .prompts import Points, coarse_mask, sample_box, sample_click
+from .recompute import recomputed
 from .sam2 import SAM2, MaskOutput
 
 if TYPE_CHECKING:
@@ -65,13 +64,20 @@ def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: boo
         if constant:
             steps, points = [model.mask_as_output(features, truth[:, None])], [None]
         else:
-            conditioned = model.condition_on_memory(features.top, memories, frame, num_frames, initial=initial)
+            top = images.top.unflatten(0, (-1, num_frames))[:, frame]  # [B, 256, h, w]
+            conditioned = model.condition_on_memory(
+                top, memories, frame, num_frames, initial=initial, index=batch.object_to_clip
+            )
             steps, points = _simulate_user(model, conditioned, features.high_res, truth, frame, plan)
         final = steps[-1]
         spatial = None
-        if keep_all_memories or set(plan.order[position + 1 :]) - set(plan.init_frames):
+        unread = not set(plan.order[position + 1 :]) - set(plan.init_frames)
+        if keep_all_memories or not (unread and model.performance.skip_unread):
             mask = final.best if final.full_res is None else final.full_res
-            spatial = model.encode_memory(features.top, mask, final.object_score)
+            encode = model.encode_memory
+            if model.recompute.memory:
+                encode = recomputed(encode, model.recompute.selective, random=False)
+            spatial = encode(features.top, mask, final.object_score)
         memory = FrameMemory(frame, spatial, final.pointer, plan.is_conditioning(frame))
         memories.append(memory)
         outputs[frame] = FrameOutput(frame, steps, points, constant, memory)
@@ -83,9 +89,8 @@ def _simulate_user(
 ) -> tuple[list[MaskOutput], list[Points | None]]:
     """First prediction of a frame and its corrections; `truth` is bool [N, S, S]."""
     predict = model.predict_masks
-    if model.recompute == "decoder" and torch.is_grad_enabled():
-        # Nothing in prompt encoder and decoder is random.
-        predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=False)
+    if model.recompute.decoder:
+        predict = recomputed(predict, model.recompute.selective, random=False)
     points, mask_prompt = _first_prompt(truth, frame, plan)
     corrections = plan.corrections(frame)
     steps: list[MaskOutput] = []

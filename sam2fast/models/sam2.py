@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from sam2fast_kernels.upsample import upsample
 
-from ..performance import PerformanceConfig
+from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
 from .encoder import ImageEncoder
-from .layers import MLP, Learned
-from .mask_decoder import MaskDecoder, stable_mask
+from .layers import MLP, Learned, compute_dtype
+from .mask_decoder import NUM_MASKS, MaskDecoder, stable_mask
 from .memory_attention import MemoryAttention
 from .memory_bank import FrameMemory, select_memories
-from .memory_encoder import MemoryEncoder, mask_dtype
+from .memory_encoder import MemoryEncoder
 from .position import TableCache, sine_encoding_1d, sine_encoding_2d
 from .prompt_encoder import PromptEncoder
 from .prompts import Points, is_ambiguous
@@ -39,7 +41,7 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class ImageFeatures:
-    """Features of images (or, after `select`, of objects)."""
+    """Features of images or, after `select`, of objects. One row serves any number of objects of one image."""
 
     top: Tensor
     """[B, 256, S/16, S/16]"""
@@ -79,19 +81,22 @@ class SAM2(nn.Module):
     def __init__(
         self,
         arch: Architecture,
-        recompute: Literal["none", "decoder"] = "none",
+        recompute: str = "none",
         performance: PerformanceConfig | None = None,
+        offload_activations: bool = False,
     ) -> None:
         """Build the model with random weights.
 
         Args:
-            recompute: what the backward pass of `rollout` computes again instead of keeping its activations.
+            recompute: what the backward pass of `rollout` computes again, see `RecomputePolicy.parse`.
             performance: the optimizations that are on; None takes the defaults.
+            offload_activations: what the image encoder keeps for the backward pass waits in memory of the host.
         """
         super().__init__()
         dim, memory_dim = arch.hidden_dim, arch.memory_dim
         self.arch = arch
-        self.recompute = recompute
+        self.recompute = RecomputePolicy.parse(recompute)
+        self.offload_activations = offload_activations
         self.performance = performance or PerformanceConfig()
         self._tables = TableCache()
 
@@ -102,12 +107,14 @@ class SAM2(nn.Module):
         self.no_obj_ptr = Learned(1, dim, std=0.02)
         if arch.no_object_embed_spatial:
             self.no_obj_embed_spatial = Learned(1, memory_dim, std=0.02)
-        self.image_encoder = ImageEncoder(arch)
+        self.image_encoder = ImageEncoder(arch, self.performance)
         self.mask_downsample = nn.Conv2d(1, 1, kernel_size=4, stride=4)
-        self.memory_attention = MemoryAttention(dim, memory_dim, arch.memory_layers, arch.memory_dropout)
+        self.memory_attention = MemoryAttention(
+            dim, memory_dim, arch.memory_layers, arch.memory_dropout, self.performance
+        )
         self.memory_encoder = MemoryEncoder(dim, memory_dim)
         self.sam_prompt_encoder = PromptEncoder(dim)
-        self.sam_mask_decoder = MaskDecoder(dim)
+        self.sam_mask_decoder = MaskDecoder(dim, self.performance)
         self.obj_ptr_proj = MLP(dim, dim, dim, num_layers=3)
         if arch.pointer_time_encoding:
             self.obj_ptr_tpos_proj = nn.Linear(dim, memory_dim)
@@ -143,7 +150,9 @@ class SAM2(nn.Module):
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype = self.dtype
-        fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
+        self.image_encoder.trunk.recompute = self.recompute
+        with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
+            fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
         high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
         return ImageFeatures(top.to(dtype), high_res)
 
@@ -155,14 +164,18 @@ class SAM2(nn.Module):
         num_frames: int,
         reverse: bool = False,
         initial: bool = False,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Condition the features [N, 256, h, w] of `frame` on the memory bank.
+
+        With `index` (int64 [N]), `top` has the features [B, 256, h, w] of images, and object n is in image index[n].
 
         Frames prompted at the start (`initial`), and frames without any memory, only get the no-memory embedding. See
         `select_memories` for which memories count; in training mode these include pointers from the future.
         """
         chosen = None if initial else select_memories(memories, frame, num_frames, self.arch, self.training, reverse)
         if chosen is None or not (chosen.spatial or chosen.pointers):
+            top = top if index is None else top[index]
             return top + self.no_mem_embed().view(1, -1, 1, 1)
         tokens, positions = self._spatial_tokens(chosen.spatial)
         num_pointer_tokens = 0
@@ -171,7 +184,8 @@ class SAM2(nn.Module):
             pointers, pointer_positions = self._pointer_tokens(chosen.pointers, max_distance)
             num_pointer_tokens = pointers.shape[1]
             tokens, positions = [*tokens, pointers], [*positions, pointer_positions]
-        return self.memory_attention(top, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), num_pointer_tokens)
+        memory, position = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        return self.memory_attention(top, memory, position, num_pointer_tokens, index, self.recompute)
 
     def _spatial_tokens(self, chosen: Sequence[tuple[FrameMemory, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [N, hw, 64] and their encodings in space and time [1, hw, 64], of every memory."""
@@ -209,12 +223,18 @@ class SAM2(nn.Module):
         points: tuple[Tensor, Tensor] | None,
         mask_prompt: Tensor | None,
         high_res: tuple[Tensor, Tensor] | None,
+        candidates: slice,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         grid = (image.shape[-2], image.shape[-1])
+        objects = len(image)
+        if points is not None:
+            objects = len(points[0])
+        elif mask_prompt is not None:
+            objects = len(mask_prompt)
         mask_prompt = None if mask_prompt is None else mask_prompt.to(image.dtype)
-        sparse, dense = self.sam_prompt_encoder(points, mask_prompt, len(image), grid)
+        sparse, dense = self.sam_prompt_encoder(points, mask_prompt, objects, grid)
         position = self.sam_prompt_encoder.grid_encoding(grid).to(image.dtype)
-        return self.sam_mask_decoder(image, position, sparse, dense, high_res)
+        return self.sam_mask_decoder(image, position, sparse, dense, high_res, candidates)
 
     def _pointer(self, token: Tensor, present: Tensor) -> Tensor:
         """Pointer [N, 256] of the output token [N, 256], the learned "no object" where `present` [N, 1] is false."""
@@ -233,25 +253,23 @@ class SAM2(nn.Module):
         multimask: bool,
         stable: bool = False,
     ) -> MaskOutput:
-        """Run the heads for N objects.
+        """Run the heads for N objects, as many as there are prompts.
 
         Args:
-            conditioned: features [N, 256, h, w] of `condition_on_memory`.
-            high_res: `ImageFeatures.high_res` of the same objects.
+            conditioned: features [N, 256, h, w] of `condition_on_memory`, one row where equal for all objects.
+            high_res: `ImageFeatures.high_res` of the same objects, or one row for all.
             points: pixels [N, P, 2] (x, y) of the S x S input and labels [N, P]: 1 positive, 0 negative, 2 and
                 3 corners of a box, -1 padding. None where the object is tracked without a prompt.
             mask_prompt: mask logits [N, 1, S/4, S/4], for example those of the previous click.
             multimask: three candidates (the rule of SAM 2: at most one point), else one mask.
             stable: inference rule of the official predictors for one mask, see `stable_mask`.
         """
-        masks, ious, tokens, object_score = self._decode(conditioned, points, mask_prompt, high_res)
+        candidates = slice(1, NUM_MASKS) if multimask else slice(NUM_MASKS if stable else 1)
+        masks, ious, tokens, object_score = self._decode(conditioned, points, mask_prompt, high_res, candidates)
         present = object_score > 0
-        if multimask:
-            masks, ious, tokens = masks[:, 1:], ious[:, 1:], tokens[:, 1:]
-        elif stable:
+        ious, tokens = ious[:, candidates], tokens[:, candidates]
+        if stable and not multimask:
             masks, ious = stable_mask(masks, ious)
-        else:
-            masks, ious = masks[:, :1], ious[:, :1]
         low_res = torch.where(present[..., None, None], masks, ABSENT_LOGIT).float()
         best, token = low_res, tokens[:, 0]
         if multimask:
@@ -268,7 +286,7 @@ class SAM2(nn.Module):
         full_res = masks.float() * 20 - 10
         size = (full_res.shape[-2] // 4, full_res.shape[-1] // 4)
         low_res = F.interpolate(full_res, size=size, mode="bilinear", align_corners=False, antialias=True)
-        _, _, tokens, score = self._decode(features.top, None, self.mask_downsample(drawn), high_res=None)
+        _, _, tokens, score = self._decode(features.top, None, self.mask_downsample(drawn), None, slice(1))
         present = masks.flatten(1).any(dim=1, keepdim=True)
         pointer = self._or_absent(self._pointer(tokens[:, 0], score > 0), present)
         ious = low_res.new_ones(len(masks), 1)
@@ -295,7 +313,7 @@ class SAM2(nn.Module):
             activation="binary" if binarize else "sigmoid",
             scale=self.arch.mask_scale,
             bias=self.arch.mask_bias,
-            dtype=mask_dtype(top),
+            dtype=compute_dtype(top),  # in another, autocast would cast the mask at full resolution
         )
         memory = self.memory_encoder(top, mask)
         if self.arch.no_object_embed_spatial:

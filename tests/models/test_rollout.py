@@ -14,6 +14,7 @@ from sam2fast.models.architecture import architecture
 from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.rollout import rollout
 from sam2fast.models.sam2 import SAM2
+from sam2fast.performance import RecomputePolicy
 
 SIZE = 64
 
@@ -144,7 +145,7 @@ def test_recomputed_decoder_gives_the_same_gradients_and_keeps_less(model, monke
     plan = points_plan(1, correct=(0,), click_from_gt=((False,) * 3,))
     results = {}
     for mode in ("none", "decoder"):
-        monkeypatch.setattr(model, "recompute", mode)
+        monkeypatch.setattr(model, "recompute", RecomputePolicy.parse(mode))
         torch.manual_seed(0)
         kept = 0
 

@@ -43,14 +43,14 @@ def _fill(module: nn.Module, prefix: str) -> nn.Module:
 
 def _rope(data: Entry, report: Report) -> None:
     cos, sin = rotary_tables(data["dim"], data["end_y"], data["end_x"], theta=data["theta"])
-    report.compare("cos", cos[:, ::2], data["cis_real"], FUNCTION)
-    report.compare("sin", sin[:, 1::2], data["cis_imag"], FUNCTION)
+    report.compare("cos", cos, data["cis_real"], FUNCTION)
+    report.compare("sin", sin, data["cis_imag"], FUNCTION)
     report.compare("q", apply_rotary(data["q"], cos, sin), data["q_out"], FUNCTION)
     report.compare("k, 3 grids", apply_rotary(data["k"], cos, sin), data["k_out"], FUNCTION)
 
 
 def _rope_attention(data: Entry, report: Report) -> None:
-    attention = _fill(RoPEAttention(data["dim"], num_heads=1, kv_dim=data["kv_in_dim"]), "ra.")
+    attention = _fill(RoPEAttention(data["dim"], kv_dim=data["kv_in_dim"]), "ra.")
     side = int(data["x"].shape[1] ** 0.5)
     tables = rotary_tables(data["dim"], side, side)
     out = attention(data["x"], data["mem"], data["mem"], tables, data["num_k_exclude_rope"])

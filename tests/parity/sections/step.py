@@ -19,6 +19,7 @@ from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.rollout import RolloutOutput, rollout
 from sam2fast.models.sam2 import SAM2
 from sam2fast.optim import build_groups, learning_rate
+from sam2fast.performance import PerformanceConfig
 from sections import TOLERANCE, Entry, Floor, OracleError, Report
 
 from .groups import MOSE
@@ -55,19 +56,20 @@ LOSS_NAMES = {
 
 
 def check(data: Entry, report: Report) -> None:
-    """Run every case and compare all that is recorded of it."""
+    """Run every case with all optimizations on and off, and compare all that is recorded of it."""
     for name, case in data.items():
         compare(case, simulate(case), report.at(case=name))
+        compare(case, simulate(case, optimized=False), report.at(case=f"{name}, off"))
 
 
-def simulate(case: Entry) -> dict[str, Any]:
+def simulate(case: Entry, optimized: bool = True) -> dict[str, Any]:
     """Our values of a case, in the structure of the file."""
-    model = build_model(case)
+    model = build_model(case, PerformanceConfig() if optimized else PerformanceConfig.all_off())
     batch = build_batch(case)
     memory_log: list[list] = []
 
     def log(_: torch.nn.Module, inputs: tuple) -> None:
-        _, memory, _, num_pointer_tokens = inputs
+        _, memory, _, num_pointer_tokens, *_ = inputs
         memory_log.append([[memory.shape[1], memory.shape[0], memory.shape[2]], num_pointer_tokens])
 
     handle = model.memory_attention.register_forward_pre_hook(log)
@@ -75,7 +77,9 @@ def simulate(case: Entry) -> dict[str, Any]:
         features = model.encode_images(batch.frames.flatten(0, 1))
     output = rollout(model, batch, build_plan(case), keep_all_memories=True)
     handle.remove()
-    losses = SegmentationLoss(LossConfig())([f.steps for f in output.frames], batch.masks, batch.num_objects)
+    losses = SegmentationLoss(LossConfig(fused=optimized))(
+        [f.steps for f in output.frames], batch.masks, batch.num_objects
+    )
     losses["total"].backward()
     return {
         "image_checksum": [batch.frames.double().sum(), batch.frames.double().abs().sum()],
@@ -118,13 +122,14 @@ def compare(case: Entry, ours: Mapping[str, Any], report: Report) -> None:
     report.compare("delta_norms", deltas, reference, UPDATE)
 
 
-def build_model(case: Entry) -> SAM2:
+def build_model(case: Entry, performance: PerformanceConfig) -> SAM2:
     """Micro model of a case in training mode, with the weights that its seed and the parameter names define."""
     flags = case["over"]
     if flags and {name: False for name in SAM_2_0_FLAGS} != flags:
         raise OracleError(f"{case.path}/over: expected nothing or {', '.join(SAM_2_0_FLAGS)}, all False; got {flags}")
     version = "2.0" if flags else "2.1"
-    model = SAM2(architecture("micro", version, image_size=case["S"], drop_path=0.0, memory_dropout=0.0))
+    arch = architecture("micro", version, image_size=case["S"], drop_path=0.0, memory_dropout=0.0)
+    model = SAM2(arch, performance=performance)
     shapes = {name: value.shape for name, value in to_official(model.state_dict()).items()}
     state = {name: det_tensor(name, shape, case["seed"]) for name, shape in shapes.items()}
     state["sam_mask_decoder.pred_obj_score_head.layers.2.bias"].fill_(case["obj_bias"])

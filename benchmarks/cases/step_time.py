@@ -1,0 +1,177 @@
+"""A whole training step: rollout, loss, backward, clipping and AdamW, with every optimization off, on, or one off."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from harness.case import Case, Outputs, Provider
+from harness.inputs import moving_discs
+from torch import Tensor
+
+import sam2fast.compat  # noqa: F401  (before timm imports torchvision)
+from sam2fast.config import LossConfig
+from sam2fast.data.sample import Batch
+from sam2fast.losses import SegmentationLoss
+from sam2fast.models.architecture import architecture
+from sam2fast.models.plan import RolloutPlan
+from sam2fast.models.sam2 import SAM2
+from sam2fast.parallel.engine import clip_on_device
+from sam2fast.performance import PerformanceConfig
+
+SIZES = {"T": "tiny", "S": "small", "B+": "base_plus", "L": "large"}
+CLICKS = ((False,) * 7,)
+KINDS = {
+    "mask": RolloutPlan(8, "mask", (0,)),
+    "points": RolloutPlan(8, "point", (0,), (0, 4), (False,), CLICKS * 2),
+    "image": RolloutPlan(1, "point", (0,), (0,), (False,), CLICKS),
+}
+"""What the simulated user does; a corrected frame gets seven clicks."""
+
+
+class StepShape(NamedTuple):
+    """Size of the model, kind of batch, objects, side of the image in pixels, precision, and whether it is the step
+    that training runs, or one without dropout, whose numbers can be compared."""
+
+    text: str
+    size: str
+    kind: str
+    objects: int
+    side: int
+    dtype: torch.dtype
+    random: bool
+
+    @property
+    def full_size_bytes(self) -> int:
+        return 0
+
+
+@dataclass
+class Inputs:
+    shape: StepShape
+    batch: Batch
+    steps: dict[str, Step] = field(default_factory=dict)
+    """By provider: each has weights and optimizer of its own."""
+    running: Step | None = None
+    """The one whose backward pass comes next."""
+
+
+class Step:
+    """Model, loss and optimizer of one provider. The rate is 0, so that every step starts from the same weights."""
+
+    def __init__(self, shape: StepShape, device: torch.device, switches: Switches) -> None:
+        torch.manual_seed(0)
+        rate = 0.1 if shape.random else 0.0
+        arch = architecture(SIZES[shape.size], image_size=shape.side, drop_path=rate, memory_dropout=rate)
+        self.model = SAM2(arch, recompute=switches.recompute, performance=switches.performance).train().to(device)
+        # Untrained scores call objects absent at random, and an absent object costs less.
+        torch.nn.init.constant_(self.model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 3.0)
+        self.loss = SegmentationLoss(LossConfig(fused=switches.fused_loss))
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)
+        self.autocast = torch.autocast(device.type, shape.dtype, enabled=shape.dtype != torch.float32)
+
+    def forward(self, shape: StepShape, batch: Batch) -> Tensor:
+        torch.manual_seed(1)  # of clicks and dropout
+        with self.autocast:
+            output = self.model(batch, KINDS[shape.kind])
+            return self.loss([f.steps for f in output.frames], batch.masks, batch.num_objects)["total"]
+
+    def update(self, total: Tensor) -> Tensor:
+        """Gradient of the first layer, which comes last."""
+        total.backward()
+        gradient = self.model.image_encoder.trunk.patch_embed.proj.weight.grad.clone()
+        clip_on_device(self.parameters, 0.1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradient
+
+
+@dataclass(frozen=True)
+class Switches:
+    performance: PerformanceConfig = PerformanceConfig()
+    fused_loss: bool = True
+    recompute: str = "none"
+
+
+OFF = Switches(PerformanceConfig.all_off(), fused_loss=False)
+PROVIDERS = {
+    "all_off": OFF,
+    "all_on": Switches(),
+    "recompute_decoder": Switches(recompute="decoder"),
+    "no_fused_loss": Switches(fused_loss=False),
+    **{f"no_{name}": Switches(PerformanceConfig(**{name: False})) for name in PerformanceConfig.model_fields},
+}
+
+
+def _provider(name: str) -> Provider:
+    def run(inputs: Inputs) -> Outputs:
+        if name not in inputs.steps:
+            inputs.steps[name] = Step(inputs.shape, inputs.batch.frames.device, PROVIDERS[name])
+        inputs.running = inputs.steps[name]
+        return {"total": inputs.running.forward(inputs.shape, inputs.batch)}
+
+    return Provider(lambda: run)
+
+
+class StepTimeCase(Case):
+    name = "step_time"
+    about = "training step with all optimizations on, all off, and one off at a time"
+    modes = ("full",)
+    shapes = ("T-mask@512", "T-points@512", "T-image@512")
+    check_shape = "T-points@64-check"
+    baseline = "all_off"
+    tolerance = 2e-3
+    """Without dropout; gradients pass through eight frames and fourteen clicks."""
+    providers = {name: _provider(name) for name in PROVIDERS}
+
+    def shape(self, text: str) -> StepShape:
+        pattern = (
+            rf"({'|'.join(map(re.escape, SIZES))})-({'|'.join(KINDS)})(?:x([1-9]\d*))?@([1-9]\d*)(-bf16)?(-check)?"
+        )
+        match = re.fullmatch(pattern, text)
+        if match is None or int(match[4]) % 32:
+            raise ValueError(
+                f"unknown shape {text!r} of case {self.name}: write SIZE-KIND@SIDE or SIZE-KINDxOBJECTS@SIDE, SIZE "
+                f"one of {', '.join(SIZES)}, KIND one of {', '.join(KINDS)}, SIDE a multiple of 32, for instance "
+                "T-mask@512 or L-imagex64@1024-bf16"
+            )
+        size, kind, objects, side, half, check = match.groups()
+        dtype = torch.bfloat16 if half else torch.float32
+        count = int(objects or (16 if kind == "image" else 2))
+        return StepShape(text, size, kind, count, int(side), dtype, not check)
+
+    def make_inputs(self, shape: StepShape, device: torch.device) -> Inputs:
+        self._random = shape.random
+        num_frames = KINDS[shape.kind].num_frames
+        generator = torch.Generator().manual_seed(0)
+        size = (1, num_frames, 3, shape.side, shape.side)
+        frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        masks = moving_discs(num_frames, shape.objects, shape.side)
+        owner = torch.zeros(shape.objects, dtype=torch.long)
+        return Inputs(shape, Batch(frames, masks, owner, ["discs"]).to(device))
+
+    def dtype(self, inputs: Inputs) -> torch.dtype:
+        return inputs.shape.dtype
+
+    def backward(self, inputs: Inputs, outputs: Outputs) -> Tensor:
+        return inputs.running.update(outputs["total"])
+
+    def reference(self, inputs: Inputs) -> Outputs:
+        return self.observe(self.providers[self.baseline].prepare(), inputs)
+
+    def fault(self, provider: str, observed: Outputs, expected: Outputs) -> str | None:
+        if not torch.stack([value.double().norm() for value in observed.values()]).isfinite().all():
+            return "loss or gradient is not finite"
+        # Providers draw dropout from streams of their own.
+        return None if self._random else super().fault(provider, observed, expected)
+
+    def ideal_bytes(self, inputs: Inputs, mode: str) -> int:
+        """Parameters and their states, image and masks read once, parameters and states written once."""
+        parameters = sum(p.nbytes for step in inputs.steps.values() for p in step.parameters) // len(inputs.steps)
+        return 7 * parameters + inputs.batch.frames.nbytes + inputs.batch.masks.nbytes
+
+
+CASE = StepTimeCase()

@@ -1,0 +1,178 @@
+"""The training steps that are counted, on fake CUDA tensors.
+
+`fake_cuda.load()` comes before the import of this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import get_args
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from sam2fast.config import LossConfig, ModelConfig
+from sam2fast.data.sample import Batch
+from sam2fast.losses import SegmentationLoss
+from sam2fast.models import rollout
+from sam2fast.models.architecture import architecture
+from sam2fast.models.plan import RolloutPlan
+from sam2fast.models.position import TableCache
+from sam2fast.models.sam2 import SAM2
+from sam2fast.performance import PerformanceConfig
+
+from .counter import StepCounter
+from .parts import PartTracker
+
+FRAMES, VIDEO_OBJECTS, IMAGE_OBJECTS, CORRECTIONS = 8, 3, 64, 7
+RECOMPUTE: tuple[str, ...] = get_args(ModelConfig.model_fields["recompute"].annotation)
+SWITCHES: tuple[str, ...] = (*PerformanceConfig.model_fields, "fused_loss")
+"""What can be off: the fields of model.performance, and loss.fused."""
+ADAM_BYTES = 8
+"""Of a parameter: two moments in float32."""
+
+_CLICKS = (False,) * CORRECTIONS
+PLANS: dict[str, tuple[RolloutPlan, int]] = {
+    "video": (RolloutPlan(FRAMES, "mask", (0,)), VIDEO_OBJECTS),
+    "points": (RolloutPlan(FRAMES, "point", (0, 4), (0, 4), (False, False), (_CLICKS, _CLICKS)), VIDEO_OBJECTS),
+    "image": (RolloutPlan(1, "point", (0,), (0,), (False,), (_CLICKS,)), IMAGE_OBJECTS),
+}
+"""Plan and number of objects: 8 frames with the mask of the first one given; 8 frames of which two are clicked on and
+corrected; one image."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A step and its optimizations."""
+
+    size: str
+    batch: str
+    off: frozenset[str] = frozenset()
+    """Of SWITCHES."""
+    recompute: str = ModelConfig.model_fields["recompute"].default
+    side: int = 1024
+    """Of the images, in pixels."""
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """What a step costs."""
+
+    counter: StepCounter
+    saved: dict[tuple[str, str], int]
+    """Bytes that are alive when the forward pass is over, by part and operation."""
+    state_bytes: int
+    """Parameters, buffers, moments of AdamW, frames and masks, which are alive all the time."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that the step has alive: activations, gradients and results."""
+        return self.counter.at_peak.total()
+
+
+def count_step(setup: Setup) -> StepCount:
+    """Forward pass, losses and backward pass of one step, under bfloat16 autocast as the trainer runs them."""
+    torch.manual_seed(0)
+    tracker = PartTracker()
+    counter = StepCounter(tracker)
+    plan, objects = PLANS[setup.batch]
+    with FakeTensorMode(), _flash_attention(), _kept_tables(counter), _single_thread():
+        model, loss = _model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
+        tracker.watch_model(model)
+        tracker.watch(loss, "loss")
+        batch = _batch(plan.num_frames, objects, setup.side)
+        with counter, _tracked_clicks(tracker):
+            with torch.autocast("cuda", torch.bfloat16):
+                output = model(batch, plan)
+            terms = loss([frame.steps for frame in output.frames], batch.masks, float(objects))
+            saved = dict(counter.live)
+            terms["total"].backward()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        tensors: list[Tensor] = [*model.parameters(), *model.buffers(), batch.frames, batch.masks]
+        state = ADAM_BYTES * parameters + sum(tensor.nbytes for tensor in tensors)
+    return StepCount(counter, saved, state)
+
+
+def _model(setup: Setup) -> SAM2:
+    """The model with weights that are fake CUDA tensors if called in FakeTensorMode."""
+    performance = PerformanceConfig(**{name: name not in setup.off for name in PerformanceConfig.model_fields})
+    arch = architecture(setup.size, image_size=setup.side)
+    with unset_fake_temporarily(), torch.device("meta"):  # constructors may read numbers from tensors on the CPU
+        model = SAM2(arch, recompute=setup.recompute, performance=performance)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(_fake(parameter)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _fake(buffer))
+    return model.train()
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+def _batch(frames: int, objects: int, side: int) -> Batch:
+    return Batch(
+        frames=torch.empty(1, frames, 3, side, side, dtype=torch.uint8, device="cuda"),
+        masks=torch.empty(frames, objects, side, side, dtype=torch.bool, device="cuda"),
+        object_to_clip=torch.zeros(objects, dtype=torch.long, device="cuda"),
+        sample_ids=["fake"],
+    )
+
+
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    """The backward pass runs in this thread, as PartTracker needs it."""
+    with torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """Attention is the flash kernel, which PyTorch takes for bfloat16 without a mask on an A100 or H100."""
+
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is not None or enable_gqa or q.dtype not in (torch.bfloat16, torch.float16):
+            raise NotImplementedError(f"flash attention takes no mask, no shared heads and no {q.dtype}")
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", attend, "AutogradCUDA")  # below autocast
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@contextmanager
+def _kept_tables(counter: StepCounter) -> Iterator[None]:
+    """Constant tables are built once and cost nothing afterwards, as for plain tensors; see TableCache."""
+
+    def get(self, key, build):
+        if key not in self._entries:
+            with counter.paused(), torch.no_grad():
+                self._entries[key] = build()
+        return self._entries[key]
+
+    with mock.patch.object(TableCache, "get", get):
+        yield
+
+
+@contextmanager
+def _tracked_clicks(tracker: PartTracker) -> Iterator[None]:
+    """The functions of the simulated user are click sampling."""
+
+    def tracked(function):
+        def run(*args):
+            with tracker.scope("click sampling"):
+                return function(*args)
+
+        return run
+
+    names = ("sample_click", "sample_box", "coarse_mask")
+    with mock.patch.multiple(rollout, **{name: tracked(getattr(rollout, name)) for name in names}):
+        yield

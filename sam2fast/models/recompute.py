@@ -1,0 +1,33 @@
+"""Parts of the forward pass whose activations the backward pass computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_KEPT_NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "memory_attention", "linear")
+
+
+def recomputed(function: Callable, selective: bool = False, random: bool = True) -> Callable:
+    """`function` whose activations are computed again in the backward pass; itself where no gradient is wanted.
+
+    Args:
+        selective: results of matrix products, convolutions and attention are kept even so.
+        random: it draws random numbers, which have to be the same again.
+    """
+    if not torch.is_grad_enabled():
+        return function
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    return partial(checkpoint, function, **options)
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.overloadpacket.__name__
+    kept = name in _KEPT_NAMES or "scaled_dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

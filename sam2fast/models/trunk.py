@@ -1,0 +1,191 @@
+"""Hiera, the trunk of SAM 2's image encoder: timm's architecture and parameters under a leaner forward pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from .. import compat  # noqa: F401  must come before timm, which imports torchvision
+from ..performance import PerformanceConfig, RecomputePolicy
+from .architecture import Architecture
+from .projections import GeluLinear, SplitLinear, adopt
+from .recompute import recomputed
+from .windows import WindowGroup, WindowLayout, max_pool, pad_with_virtual_keys
+
+from timm.layers import DropPath  # isort: skip
+from timm.models.hieradet_sam2 import HieraDet, MultiScaleBlock  # isort: skip
+
+Kept = Tensor | None
+"""Samples whose branch runs, int64 [K]. None: the branch runs on all and its module of stochastic depth masks it."""
+
+
+class HieraTrunk(HieraDet):
+    """Hiera (arXiv 2306.00989) as SAM 2 uses it, without the classifier.
+
+    With `performance.unpadded_windows` the tokens stay in the order of attention windows through all blocks that share
+    a grid of windows, and window attention neither projects nor stores the padding: its tokens are zero before the
+    projection, so a key and a value made of the biases stand for all of them.
+
+    With `performance.skip_dropped_paths` stochastic depth runs a branch on the samples that keep it. Torch's CPU
+    generator draws them, so that their number is known without waiting for the device. The sizes of a training step
+    then vary: a compiled block sees them as dynamic. A compiled trunk, and fake tensors, get masks instead.
+    """
+
+    recompute = RecomputePolicy()
+    """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
+
+    def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
+        super().__init__(
+            num_classes=0,
+            embed_dim=arch.embed_dim,
+            num_heads=arch.num_heads,
+            stages=arch.stages,
+            global_pos_size=arch.position_size,
+            window_spec=arch.window_sizes,
+            global_att_blocks=arch.global_attention_blocks,
+            drop_path_rate=arch.drop_path,
+        )
+        self.head = nn.Identity()
+        self.performance = performance or PerformanceConfig()
+        switches = self.performance
+        self.is_lean = switches.unpadded_windows or switches.skip_dropped_paths or switches.lean_projections
+        if self.is_lean:
+            self.blocks = nn.Sequential(*(TrunkBlock(block, self.performance) for block in self.blocks))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features [B, C_i, H_i, W_i] of the four stages, strides 4 to 32, of images [B, 3, H, W].
+
+        Raises:
+            ValueError: a side of the images is no multiple of 32.
+        """
+        if images.shape[-2] % 32 or images.shape[-1] % 32:
+            raise ValueError(
+                f"both sides of an image must be multiples of 32, got {list(images.shape[-2:])}; resize it"
+            )
+        if not self.is_lean:
+            self.grad_checkpointing = self.recompute.trunk and torch.is_grad_enabled()
+            return self.forward_intermediates(images, stop_early=False, intermediates_only=True)
+        grid = self.patch_embed(images)
+        layout = WindowLayout(
+            *grid.shape[1:3], window=self.blocks[0].window if self.performance.unpadded_windows else 0
+        )
+        position = self._pos_embed(grid.new_zeros(1, *grid.shape[1:3], 1))
+        x = layout.to_tokens(grid) + layout.to_tokens(position)
+        features = []
+        for index, (block, kept) in enumerate(zip(self.blocks, self._draw_kept(images), strict=True)):
+            x, layout = self._arrange(x, layout, block)
+            run = block
+            if self.recompute.trunk:
+                # Nothing in a block is random but timm's stochastic depth.
+                run = recomputed(block, self.recompute.selective, random=not self.performance.skip_dropped_paths)
+            x = run(x, layout, *kept)
+            layout = layout.pooled() if block.pools else layout
+            if index in self.stage_ends:
+                features.append(layout.to_grid(x).permute(0, 3, 1, 2))
+        return features
+
+    def _arrange(self, x: Tensor, layout: WindowLayout, block: TrunkBlock) -> tuple[Tensor, WindowLayout]:
+        """Tokens in an order that the block can work in; most often they are already."""
+        if not self.performance.unpadded_windows or block.window in (0, layout.window):
+            return x, layout  # attention over the whole image takes any order
+        target = WindowLayout(layout.height, layout.width, block.window)
+        return target.to_tokens(layout.to_grid(x)), target
+
+    def _draw_kept(self, images: Tensor) -> list[tuple[Kept, Kept]]:
+        """For the two branches of every block, the samples that stochastic depth keeps."""
+        drops = [drop for block in self.blocks for drop in (block.drop_path1, block.drop_path2)]
+        rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
+        skips = self.performance.skip_dropped_paths and any(rates)
+        if not skips or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+            return [(None, None)] * len(self.blocks)
+        draws = torch.rand(len(rates), len(images), device="cpu")
+        keep = draws >= torch.tensor(rates, device="cpu").unsqueeze(1)
+        kept = keep.nonzero()[:, 1]
+        if images.is_cuda:
+            kept = kept.pin_memory()
+        branches = kept.to(images.device, non_blocking=True).split(keep.sum(dim=1).tolist())
+        return list(zip(branches[::2], branches[1::2], strict=True))
+
+
+class TrunkBlock(nn.Module):
+    """A block of Hiera that takes over the parts of timm's, on tokens [B, N, C] in the order of a layout."""
+
+    def __init__(self, block: MultiScaleBlock, performance: PerformanceConfig) -> None:
+        super().__init__()
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.window = block.window_size[0]
+        """Side of the attention windows; 0 is attention over the whole image."""
+        self.pools = block.q_stride is not None
+        self.lean = performance.lean_projections
+        if self.lean:
+            self.attn.qkv = adopt(SplitLinear, self.attn.qkv)
+            self.mlp.fc2 = adopt(GeluLinear, self.mlp.fc2)
+            self.mlp.act = nn.Identity()
+
+    def forward(self, x: Tensor, layout: WindowLayout, kept_attention: Kept = None, kept_mlp: Kept = None) -> Tensor:
+        """Tokens [B, N, C] to [B, N, C], or [B, N / 4, 2 C] where a stage begins.
+
+        Windowed attention on tokens in plain order pads its windows, as timm's does.
+        """
+        if self.pools:
+            y = self.norm1(x)
+            x = _pool(self.proj(y), layout)
+            branch = self.attention(_take(y, kept_attention), layout)
+        else:
+            branch = self.attention(self.norm1(_take(x, kept_attention)), layout)
+        x = _add(x, self.ls1(branch), self.drop_path1, kept_attention)
+        branch = self.mlp(self.norm2(_take(x, kept_mlp)))
+        return _add(x, self.ls2(branch), self.drop_path2, kept_mlp)
+
+    def attention(self, y: Tensor, layout: WindowLayout) -> Tensor:
+        """Attention inside the windows, or over all tokens, of normalized tokens."""
+        if not self.window:
+            return self.attn.proj(self._attend(y, WindowGroup(1, 1, 1, y.shape[1], padding=0)))
+        if self.window == layout.window:
+            return self.attn.proj(self._attend_windows(y, layout))
+        grid = layout.to_grid(y)
+        grid = F.pad(grid, (0, 0, 0, -layout.width % self.window, 0, -layout.height % self.window))
+        padded = WindowLayout(*grid.shape[1:3], self.window)
+        out = self._attend_windows(padded.to_tokens(grid), padded)
+        if self.pools:
+            layout, padded = layout.pooled(), padded.pooled()
+        out = padded.to_grid(self.attn.proj(out))
+        return out[:, : layout.height, : layout.width].flatten(1, 2)
+
+    def _attend_windows(self, y: Tensor, layout: WindowLayout) -> Tensor:
+        outputs = [self._attend(windows, group) for windows, group in zip(layout.split(y), layout.groups, strict=True)]
+        return (layout.pooled() if self.pools else layout).join(outputs)
+
+    def _attend(self, windows: Tensor, group: WindowGroup) -> Tensor:
+        """Attention inside windows [M, L, C], before the output projection."""
+        projected = self.attn.qkv(pad_with_virtual_keys(windows, group))
+        q, k, v = projected if self.lean else projected.chunk(3, dim=-1)
+        q = q[:, : group.tokens] if group.padding else q
+        q = max_pool(q, group) if self.pools else q
+        q, k, v = (x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.score_bias(q))
+        return out.transpose(1, 2).flatten(2)
+
+
+def _pool(tokens: Tensor, layout: WindowLayout) -> Tensor:
+    """Largest of each 2 x 2 neighbors, tokens [B, N, C] to [B, N / 4, C] in the order of the pooled layout."""
+    pooled = [max_pool(windows, group) for windows, group in zip(layout.split(tokens), layout.groups, strict=True)]
+    return layout.pooled().join(pooled)
+
+
+def _take(x: Tensor, kept: Kept) -> Tensor:
+    return x if kept is None or len(kept) == len(x) else x.index_select(0, kept)
+
+
+def _add(x: Tensor, branch: Tensor, drop: nn.Module, kept: Kept) -> Tensor:
+    """Add a branch [K, ...] to the samples that it ran on, scaled so that the mean over all draws is that of all."""
+    if kept is None:
+        return x + drop(branch)
+    rate = getattr(drop, "drop_prob", 0.0)
+    scale = 1 / (1 - rate) if rate < 1 else 1.0
+    if len(kept) == len(x):
+        return torch.add(x, branch, alpha=scale)
+    return x.index_add(0, kept, branch.to(x.dtype), alpha=scale)
