@@ -127,6 +127,8 @@ def _flops(function: OpOverload, args, kwargs, result) -> int:
     packet = function._overloadpacket
     if packet is torch.ops.aten.convolution_backward:
         return _convolution_backward_flops(*args)
+    if function._schema.name.endswith("_"):  # in place, as many as out of place
+        packet = getattr(getattr(torch.ops, function.namespace), packet.__name__.removesuffix("_"), packet)
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
