@@ -32,6 +32,11 @@ class PerformanceConfig(Section):
     """The neck's projections of strides 4 and 8 and the decoder's after them are one matrix product."""
     shared_image_features: bool = True
     """Mask decoder: what is equal for all masks of an image is neither copied nor computed for each."""
+    absorbed_projections: bool = True
+    """Mask decoder: the tokens take over the projections of the image they attend to or are attended by, so that no
+    queries, keys and values of the image exist; LayerNorm and residual sum are part of it."""
+    fused_upscaling: bool = True
+    """Mask decoder: features at stride 4 exist for a few objects at a time, and only masks in use are computed."""
     fused_norms: bool = True
     """Convolutions run channels-last, with LayerNorm2d, GELU and residual sums fused."""
     skip_unread: bool = True

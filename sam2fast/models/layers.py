@@ -3,10 +3,55 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with `x` computes in: the dtype of autocast where that is on."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A region that computes in the dtypes it is given, on the device of `x`."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def lend(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer as views, which outlive gathered parameters."""
+    return layer.weight.view_as(layer.weight), layer.bias.view_as(layer.bias)
+
+
+class Lending:
+    """A layer that, called without an input, returns its weight and bias, for a computation that merges layers.
+
+    Called, rather than read, for the reason of `Learned`.
+    """
+
+    def forward(self, x: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return lend(self) if x is None else super().forward(x)
+
+
+class Linear(Lending, nn.Linear):
+    """See `Lending`."""
+
+
+class Conv2d(Lending, nn.Conv2d):
+    """See `Lending`."""
+
+
+class ConvTranspose2d(Lending, nn.ConvTranspose2d):
+    """See `Lending`."""
+
+
+class LayerNorm(Lending, nn.LayerNorm):
+    """See `Lending`."""
 
 
 class LayerNorm2d(nn.Module):
@@ -21,7 +66,9 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if x is None:
+            return lend(self)
         normalized = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return normalized.permute(0, 3, 1, 2)
 
@@ -56,7 +103,10 @@ class Learned(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention [N, Lq, dim] x [N, Lk, kv_dim] -> [N, Lq, dim] of a chosen inner width."""
+    """Multi-head attention [N, Lq, dim] x [N, Lk, kv_dim] -> [N, Lq, dim] of a chosen inner width.
+
+    Either side may have one row for all N; it is projected once.
+    """
 
     def __init__(
         self,
@@ -70,10 +120,10 @@ class Attention(nn.Module):
         inner_dim, kv_dim = inner_dim or dim, kv_dim or dim
         self.num_heads = num_heads
         self.dropout = dropout
-        self.q_proj = nn.Linear(dim, inner_dim)
-        self.k_proj = nn.Linear(kv_dim, inner_dim)
-        self.v_proj = nn.Linear(kv_dim, inner_dim)
-        self.out_proj = nn.Linear(inner_dim, dim)
+        self.q_proj = Linear(dim, inner_dim)
+        self.k_proj = Linear(kv_dim, inner_dim)
+        self.v_proj = Linear(kv_dim, inner_dim)
+        self.out_proj = Linear(inner_dim, dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, inner / heads]
@@ -83,4 +133,6 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(self._heads(self.q_proj(q)), self._heads(self.k_proj(k)), self._heads(self.v_proj(v)))
+        rows = max(len(q), len(k))
+        heads = [self._heads(x).expand(rows, -1, -1, -1) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))]
+        return self._attend(*heads)

@@ -5,36 +5,82 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import MLP, Attention, LayerNorm2d, Learned
+from ..performance import PerformanceConfig
+from .image_attention import attend_to_image, attend_to_tokens
+from .layers import MLP, Attention, Conv2d, ConvTranspose2d, LayerNorm, LayerNorm2d, Learned
+from .upscaling import upscaled_masks
 
 NUM_MASKS = 4
 """The mask for unambiguous prompts, and three candidates for ambiguous ones."""
 
 
+class ImageAttention(Attention):
+    """Attention between tokens and the image, which can do without projecting the image (see image_attention.py)."""
+
+    def from_tokens(self, tokens: Tensor, image: Tensor, position: Tensor) -> Tensor:
+        """What `forward(tokens, image + position, image)` gives, for tokens [N, L, dim] and an image [N or 1, hw, dim]
+        with position [1, hw, dim]."""
+        (key_weight, key_bias), (value_weight, value_bias) = self.k_proj(), self.v_proj()
+        queries = self._absorb(self._heads(self.q_proj(tokens)), key_weight) * self._scale
+        sums = attend_to_image(queries.flatten(1, 2), image, position).unflatten(1, (self.num_heads, -1))
+        value_weight = value_weight.unflatten(0, (self.num_heads, -1))
+        values = torch.einsum("nhlc,hdc->nlhd", sums, value_weight).flatten(2)
+        # Alike in all scores of a token, the bias of the keys changes nothing: its gradient is zero, but not missing.
+        return self.out_proj(values + (value_bias + 0 * key_bias))
+
+    def from_image(self, image: Tensor, position: Tensor, places: Tensor, tokens: Tensor, norm: LayerNorm) -> Tensor:
+        """What `norm(image + self(image + position, places, tokens))` gives, for an image [N or 1, hw, dim] with
+        position [1, hw, dim] and tokens [N, L, dim], with and without their places."""
+        (query_weight, query_bias), (weight, bias) = self.q_proj(), self.out_proj()
+        keys = self._heads(self.k_proj(places)) * self._scale
+        offsets = torch.einsum("nhld,hd->nhl", keys, query_bias.unflatten(0, (self.num_heads, -1)))
+        values = self._absorb(self._heads(self.v_proj(tokens)), weight.T)
+        values = values + bias / self.num_heads  # attention weights of each head sum to 1
+        keys = self._absorb(keys, query_weight)
+        tokens = (keys.flatten(1, 2), offsets.flatten(1), values.flatten(1, 2))
+        return attend_to_tokens(image, position, *tokens, (*norm(), norm.eps), self.num_heads)
+
+    def _absorb(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Tokens [N, heads, L, d] times the weight [heads d, C] of each head: [N, heads, L, C]."""
+        return torch.einsum("nhld,hdc->nhlc", tokens, weight.unflatten(0, (self.num_heads, -1)))
+
+    @property
+    def _scale(self) -> float:
+        return (self.q_proj.out_features // self.num_heads) ** -0.5
+
+
 class TwoWayBlock(nn.Module):
     """Learned attend to themselves and to the image, pass an MLP, and the image attends to the tokens."""
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int, first: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, first: bool, absorb: bool = True) -> None:
         super().__init__()
         self.first = first
+        self.absorb = absorb
         self.self_attn = Attention(dim, num_heads)
         self.norm1 = nn.LayerNorm(dim)
-        self.cross_attn_token_to_image = Attention(dim, num_heads, inner_dim=dim // 2)
+        self.cross_attn_token_to_image = ImageAttention(dim, num_heads, inner_dim=dim // 2)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, hidden_dim, dim, num_layers=2)
         self.norm3 = nn.LayerNorm(dim)
-        self.norm4 = nn.LayerNorm(dim)
-        self.cross_attn_image_to_token = Attention(dim, num_heads, inner_dim=dim // 2)
+        self.norm4 = LayerNorm(dim)
+        self.cross_attn_image_to_token = ImageAttention(dim, num_heads, inner_dim=dim // 2)
 
     def forward(self, tokens: Tensor, image: Tensor, prompt: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens, prompt [N, L, dim]; image [N, hw, dim], position [1, hw, dim]. `prompt`, the tokens before the first
-        block, is the tokens' position encoding."""
+        """tokens, prompt [N, L, dim]; image [N or 1, hw, dim], position [1, hw, dim]. `prompt`, the tokens before the
+        first block, is the tokens' position encoding."""
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
             placed = tokens + prompt
             tokens = tokens + self.self_attn(placed, placed, tokens)
         tokens = self.norm1(tokens)
+        if self.absorb:
+            attended = self.cross_attn_token_to_image.from_tokens(tokens + prompt, image, position)
+            tokens = self.norm2(tokens + attended)
+            tokens = self.norm3(tokens + self.mlp(tokens))
+            return tokens, self.cross_attn_image_to_token.from_image(
+                image, position, tokens + prompt, tokens, self.norm4
+            )
         placed_image = image + position
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + prompt, placed_image, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
@@ -45,41 +91,49 @@ class TwoWayBlock(nn.Module):
 class TwoWayTransformer(nn.Module):
     """Two-way blocks and a last attention of the tokens to the image."""
 
-    def __init__(self, dim: int, num_heads: int = 8, hidden_dim: int = 2048, num_layers: int = 2) -> None:
+    def __init__(
+        self, dim: int, num_heads: int = 8, hidden_dim: int = 2048, num_layers: int = 2, absorb: bool = True
+    ) -> None:
         super().__init__()
+        self.absorb = absorb
         self.layers = nn.ModuleList(
-            TwoWayBlock(dim, num_heads, hidden_dim, first=index == 0) for index in range(num_layers)
+            TwoWayBlock(dim, num_heads, hidden_dim, index == 0, absorb) for index in range(num_layers)
         )
-        self.final_attn_token_to_image = Attention(dim, num_heads, inner_dim=dim // 2)
+        self.final_attn_token_to_image = ImageAttention(dim, num_heads, inner_dim=dim // 2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def forward(self, prompt: Tensor, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         tokens = prompt
         for layer in self.layers:
             tokens, image = layer(tokens, image, prompt, position)
-        attended = self.final_attn_token_to_image(tokens + prompt, image + position, image)
+        if self.absorb:
+            attended = self.final_attn_token_to_image.from_tokens(tokens + prompt, image, position)
+        else:
+            attended = self.final_attn_token_to_image(tokens + prompt, image + position, image)
         return self.norm_final_attn(tokens + attended), image
 
 
 class MaskDecoder(nn.Module):
     """Predicts mask logits at stride 4, their IoU, and whether the object is present."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, performance: PerformanceConfig | None = None) -> None:
         super().__init__()
-        self.transformer = TwoWayTransformer(dim)
+        performance = performance or PerformanceConfig()
+        self.fused_upscaling = performance.fused_upscaling
+        self.transformer = TwoWayTransformer(dim, absorb=performance.absorbed_projections)
         self.iou_token = Learned(1, dim)
         self.mask_tokens = Learned(NUM_MASKS, dim)
         self.obj_score_token = Learned(1, dim)
         self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
+            ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
             LayerNorm2d(dim // 4),
             nn.GELU(),
-            nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
+            ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
             nn.GELU(),
         )
         # Applied to the image features once per image, by the caller.
-        self.conv_s0 = nn.Conv2d(dim, dim // 8, kernel_size=1)
-        self.conv_s1 = nn.Conv2d(dim, dim // 4, kernel_size=1)
+        self.conv_s0 = Conv2d(dim, dim // 8, kernel_size=1)
+        self.conv_s1 = Conv2d(dim, dim // 4, kernel_size=1)
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, dim, dim // 8, num_layers=3) for _ in range(NUM_MASKS))
         self.iou_prediction_head = MLP(dim, 256, NUM_MASKS, num_layers=3)
         self.pred_obj_score_head = MLP(dim, dim, 1, num_layers=3)
@@ -87,41 +141,55 @@ class MaskDecoder(nn.Module):
     def _run_transformer(
         self, image: Tensor, position: Tensor, sparse: Tensor, dense: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Outputs for the object score [N, dim], the IoUs [N, dim], the masks [N, 4, dim], the image [N, dim, h, w]."""
+        """Outputs for the object score [N, dim], the IoUs [N, dim], the masks [N, 4, dim], the image [N, h, w, dim]."""
         outputs = torch.cat([self.obj_score_token(), self.iou_token(), self.mask_tokens()])  # [6, dim]
         prompt = torch.cat([outputs.expand(len(sparse), -1, -1), sparse], dim=1)
         tokens, features = self.transformer(
             prompt, (image + dense).flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2)
         )
-        features = features.transpose(1, 2).unflatten(-1, image.shape[-2:])
+        features = features.unflatten(1, image.shape[-2:])
         return tokens[:, 0], tokens[:, 1], tokens[:, 2 : 2 + NUM_MASKS], features
 
     def _upscale(self, features: Tensor, high_res: tuple[Tensor, Tensor]) -> Tensor:
-        """Features at stride 16 to stride 4, with the encoder's features of strides 4 and 8 added on the way."""
+        """Features [N, h, w, dim] at stride 16 to [N, dim/8, 4h, 4w], with the encoder's features of strides 4 and 8
+        added on the way."""
         up1, norm, act1, up2, act2 = self.output_upscaling
-        features = act1(norm(up1(features) + high_res[1]))
+        features = act1(norm(up1(features.permute(0, 3, 1, 2)) + high_res[1]))
         return act2(up2(features) + high_res[0])
 
-    def _masks(self, tokens: Tensor, upscaled: Tensor) -> Tensor:
-        """Logits [N, 4, H, W]: products of upscaled features [N, dim/8, H, W] and weights made of the mask tokens."""
+    def _masks(self, features: Tensor, high_res: tuple[Tensor, Tensor], tokens: Tensor, candidates: slice) -> Tensor:
+        """Logits [N, K, 4h, 4w]: products of upscaled features [N, h, w, dim] and weights made of the mask tokens."""
         weights = [mlp(token) for mlp, token in zip(self.output_hypernetworks_mlps, tokens.unbind(1), strict=True)]
-        return (torch.stack(weights, dim=1) @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])
+        hyper = torch.stack(weights, dim=1)
+        if self.fused_upscaling:
+            up1, norm, _, up2, _ = self.output_upscaling
+            return upscaled_masks(features, high_res, hyper[:, candidates], up1(), (*norm(), norm.eps), up2())
+        upscaled = self._upscale(features, high_res)
+        return (hyper @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[-2:])[:, candidates]
 
     def forward(
-        self, image: Tensor, position: Tensor, sparse: Tensor, dense: Tensor, high_res: tuple[Tensor, Tensor] | None
+        self,
+        image: Tensor,
+        position: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        high_res: tuple[Tensor, Tensor] | None,
+        candidates: slice = slice(NUM_MASKS),
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Decode N objects.
+        """Decode N objects. Arguments with one row instead of N are equal for all of them.
 
         Args:
-            image: features [N, dim, h, w], conditioned on memory; position: their encoding [1, dim, h, w].
+            image: features [N or 1, dim, h, w], conditioned on memory; position: their encoding [1, dim, h, w].
             sparse: prompt tokens [N, P, dim]; dense: mask prompt [N or 1, dim, h, w].
-            high_res: features [N, dim/8, 4h, 4w] and [N, dim/4, 2h, 2w]; None where the masks are not wanted.
+            high_res: features [N or 1, dim/8, 4h, 4w] and [N or 1, dim/4, 2h, 2w]; None where the masks are not wanted.
+            candidates: which K of the four masks are wanted.
 
         Returns:
-            of all four masks: logits [N, 4, 4h, 4w], predicted IoUs [N, 4], tokens [N, 4, dim]; object score [N, 1].
+            mask logits [N, K, 4h, 4w]; of all four masks: predicted IoUs [N, 4], tokens [N, 4, dim]; object score
+            [N, 1].
         """
         score_token, iou_token, mask_tokens, features = self._run_transformer(image, position, sparse, dense)
-        masks = None if high_res is None else self._masks(mask_tokens, self._upscale(features, high_res))
+        masks = None if high_res is None else self._masks(features, high_res, mask_tokens, candidates)
         return masks, self.iou_prediction_head(iou_token).sigmoid(), mask_tokens, self.pred_obj_score_head(score_token)
 
 

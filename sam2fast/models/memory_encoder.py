@@ -68,10 +68,3 @@ class MemoryEncoder(nn.Module):
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Features [N, dim, h, w] (not conditioned on memory) and mask [N, 1, 16 h, 16 w]: [N, memory_dim, h, w]."""
         return self.out_proj(self.fuser(self.pix_feat_proj(features) + self.mask_downsampler(mask)))
-
-
-def mask_dtype(features: Tensor) -> torch.dtype:
-    """What the first convolution computes in: a mask in another dtype would be cast at full resolution by autocast."""
-    device = features.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else features.dtype

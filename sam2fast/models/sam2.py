@@ -17,11 +17,11 @@ from sam2fast_kernels.upsample import upsample
 from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
 from .encoder import ImageEncoder
-from .layers import MLP, Learned
-from .mask_decoder import MaskDecoder, stable_mask
+from .layers import MLP, Learned, compute_dtype
+from .mask_decoder import NUM_MASKS, MaskDecoder, stable_mask
 from .memory_attention import MemoryAttention
 from .memory_bank import FrameMemory, select_memories
-from .memory_encoder import MemoryEncoder, mask_dtype
+from .memory_encoder import MemoryEncoder
 from .position import TableCache, sine_encoding_1d, sine_encoding_2d
 from .prompt_encoder import PromptEncoder
 from .prompts import Points, is_ambiguous
@@ -41,7 +41,7 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class ImageFeatures:
-    """Features of images (or, after `select`, of objects)."""
+    """Features of images or, after `select`, of objects. One row serves any number of objects of one image."""
 
     top: Tensor
     """[B, 256, S/16, S/16]"""
@@ -114,7 +114,7 @@ class SAM2(nn.Module):
         )
         self.memory_encoder = MemoryEncoder(dim, memory_dim)
         self.sam_prompt_encoder = PromptEncoder(dim)
-        self.sam_mask_decoder = MaskDecoder(dim)
+        self.sam_mask_decoder = MaskDecoder(dim, self.performance)
         self.obj_ptr_proj = MLP(dim, dim, dim, num_layers=3)
         if arch.pointer_time_encoding:
             self.obj_ptr_tpos_proj = nn.Linear(dim, memory_dim)
@@ -150,6 +150,7 @@ class SAM2(nn.Module):
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype = self.dtype
+        self.image_encoder.trunk.recompute = self.recompute
         with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
             fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
         high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
@@ -222,12 +223,18 @@ class SAM2(nn.Module):
         points: tuple[Tensor, Tensor] | None,
         mask_prompt: Tensor | None,
         high_res: tuple[Tensor, Tensor] | None,
+        candidates: slice,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         grid = (image.shape[-2], image.shape[-1])
+        objects = len(image)
+        if points is not None:
+            objects = len(points[0])
+        elif mask_prompt is not None:
+            objects = len(mask_prompt)
         mask_prompt = None if mask_prompt is None else mask_prompt.to(image.dtype)
-        sparse, dense = self.sam_prompt_encoder(points, mask_prompt, len(image), grid)
+        sparse, dense = self.sam_prompt_encoder(points, mask_prompt, objects, grid)
         position = self.sam_prompt_encoder.grid_encoding(grid).to(image.dtype)
-        return self.sam_mask_decoder(image, position, sparse, dense, high_res)
+        return self.sam_mask_decoder(image, position, sparse, dense, high_res, candidates)
 
     def _pointer(self, token: Tensor, present: Tensor) -> Tensor:
         """Pointer [N, 256] of the output token [N, 256], the learned "no object" where `present` [N, 1] is false."""
@@ -246,25 +253,23 @@ class SAM2(nn.Module):
         multimask: bool,
         stable: bool = False,
     ) -> MaskOutput:
-        """Run the heads for N objects.
+        """Run the heads for N objects, as many as there are prompts.
 
         Args:
-            conditioned: features [N, 256, h, w] of `condition_on_memory`.
-            high_res: `ImageFeatures.high_res` of the same objects.
+            conditioned: features [N, 256, h, w] of `condition_on_memory`, one row where equal for all objects.
+            high_res: `ImageFeatures.high_res` of the same objects, or one row for all.
             points: pixels [N, P, 2] (x, y) of the S x S input and labels [N, P]: 1 positive, 0 negative, 2 and
                 3 corners of a box, -1 padding. None where the object is tracked without a prompt.
             mask_prompt: mask logits [N, 1, S/4, S/4], for example those of the previous click.
             multimask: three candidates (the rule of SAM 2: at most one point), else one mask.
             stable: inference rule of the official predictors for one mask, see `stable_mask`.
         """
-        masks, ious, tokens, object_score = self._decode(conditioned, points, mask_prompt, high_res)
+        candidates = slice(1, NUM_MASKS) if multimask else slice(NUM_MASKS if stable else 1)
+        masks, ious, tokens, object_score = self._decode(conditioned, points, mask_prompt, high_res, candidates)
         present = object_score > 0
-        if multimask:
-            masks, ious, tokens = masks[:, 1:], ious[:, 1:], tokens[:, 1:]
-        elif stable:
+        ious, tokens = ious[:, candidates], tokens[:, candidates]
+        if stable and not multimask:
             masks, ious = stable_mask(masks, ious)
-        else:
-            masks, ious = masks[:, :1], ious[:, :1]
         low_res = torch.where(present[..., None, None], masks, ABSENT_LOGIT).float()
         best, token = low_res, tokens[:, 0]
         if multimask:
@@ -281,7 +286,7 @@ class SAM2(nn.Module):
         full_res = masks.float() * 20 - 10
         size = (full_res.shape[-2] // 4, full_res.shape[-1] // 4)
         low_res = F.interpolate(full_res, size=size, mode="bilinear", align_corners=False, antialias=True)
-        _, _, tokens, score = self._decode(features.top, None, self.mask_downsample(drawn), high_res=None)
+        _, _, tokens, score = self._decode(features.top, None, self.mask_downsample(drawn), None, slice(1))
         present = masks.flatten(1).any(dim=1, keepdim=True)
         pointer = self._or_absent(self._pointer(tokens[:, 0], score > 0), present)
         ious = low_res.new_ones(len(masks), 1)
@@ -308,7 +313,7 @@ class SAM2(nn.Module):
             activation="binary" if binarize else "sigmoid",
             scale=self.arch.mask_scale,
             bias=self.arch.mask_bias,
-            dtype=mask_dtype(top),
+            dtype=compute_dtype(top),  # in another, autocast would cast the mask at full resolution
         )
         memory = self.memory_encoder(top, mask)
         if self.arch.no_object_embed_spatial:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import compat  # noqa: F401  must come before timm, which imports torchvision
-from ..performance import PerformanceConfig
+from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
 from .projections import GeluLinear, SplitLinear, adopt
+from .recompute import recomputed
 from .windows import WindowGroup, WindowLayout, max_pool, pad_with_virtual_keys
 
 from timm.layers import DropPath  # isort: skip
@@ -33,7 +33,7 @@ class HieraTrunk(HieraDet):
     then vary: a compiled block sees them as dynamic. A compiled trunk, and fake tensors, get masks instead.
     """
 
-    recompute_blocks: bool = False
+    recompute = RecomputePolicy()
     """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
 
     def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
@@ -64,9 +64,8 @@ class HieraTrunk(HieraDet):
             raise ValueError(
                 f"both sides of an image must be multiples of 32, got {list(images.shape[-2:])}; resize it"
             )
-        recompute = self.recompute_blocks and torch.is_grad_enabled()
         if not self.is_lean:
-            self.grad_checkpointing = recompute
+            self.grad_checkpointing = self.recompute.trunk and torch.is_grad_enabled()
             return self.forward_intermediates(images, stop_early=False, intermediates_only=True)
         grid = self.patch_embed(images)
         layout = WindowLayout(
@@ -77,12 +76,11 @@ class HieraTrunk(HieraDet):
         features = []
         for index, (block, kept) in enumerate(zip(self.blocks, self._draw_kept(images), strict=True)):
             x, layout = self._arrange(x, layout, block)
-            if recompute:
+            run = block
+            if self.recompute.trunk:
                 # Nothing in a block is random but timm's stochastic depth.
-                random = not self.performance.skip_dropped_paths
-                x = checkpoint(block, x, layout, *kept, use_reentrant=False, preserve_rng_state=random)
-            else:
-                x = block(x, layout, *kept)
+                run = recomputed(block, self.recompute.selective, random=not self.performance.skip_dropped_paths)
+            x = run(x, layout, *kept)
             layout = layout.pooled() if block.pools else layout
             if index in self.stage_ends:
                 features.append(layout.to_grid(x).permute(0, 3, 1, 2))
