@@ -30,9 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from harness.command import OneLineParser  # isort: skip
     from counting import report, steps
 
+    from sam2fast.performance import RecomputePolicy
+
     parser = OneLineParser(prog="count_step.py", description=__doc__.splitlines()[0])
-    _add_arguments(parser, steps.SWITCHES, steps.RECOMPUTE, steps.PLANS)
+    _add_arguments(parser, steps.SWITCHES, steps.PLANS)
     args = parser.parse_args(argv)
+    try:
+        RecomputePolicy.parse(args.recompute or "none")
+    except ValueError as error:
+        parser.error(str(error))
     off = frozenset(steps.SWITCHES if args.all_off else args.off)
     recompute = args.recompute or ("none" if args.all_off else steps.Setup.recompute)
     rows = []
@@ -51,16 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _add_arguments(
-    parser: argparse.ArgumentParser, switches: Sequence[str], recompute: Sequence[str], batches: Iterable[str]
-) -> None:
+def _add_arguments(parser: argparse.ArgumentParser, switches: Sequence[str], batches: Iterable[str]) -> None:
     sizes = ("micro", "tiny", "small", "base_plus", "large")
     parser.add_argument("--size", nargs="+", choices=sizes, default=["base_plus"], metavar="SIZE", help=_names(sizes))
     parser.add_argument("--batch", nargs="+", choices=tuple(batches), default=["video"], help="what is trained on")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--off", nargs="+", choices=switches, default=[], metavar="NAME", help=_names(switches))
     which.add_argument("--all-off", action="store_true", help="all of these, and --recompute none")
-    parser.add_argument("--recompute", choices=recompute, help="default: that of model.recompute")
+    parser.add_argument("--recompute", metavar="POLICY", help="default: that of model.recompute")
     parser.add_argument("--side", type=_side, default=1024, help="of the images, in pixels; a multiple of 32")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also list the N largest operations")
     parser.add_argument("--save", action="store_true", help="write the totals to results/step_counts.csv")

@@ -28,6 +28,8 @@ Place = tuple[str, str]
 LAUNCHES = {"sam2fast::click_uniform": 2, "sam2fast::click_center": 7}
 """Kernels of a call where it is not one."""
 ALLOCATIONS = ("aten::empty", "aten::new_empty")
+OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::bernoulli_", "aten::uniform_")
+"""In place, without reading what was there."""
 
 
 @dataclass
@@ -99,9 +101,9 @@ class StepCounter(TorchDispatchMode):
         }
         if function._schema.is_mutable or (made and not function._schema.name.startswith(ALLOCATIONS)):
             phase = "forward" if torch._C._current_autograd_node() is None else "backward"
-            moved = {id(tensor): _bytes(tensor) for tensor in [*inputs, *outputs]}
             launches = LAUNCHES.get(function._schema.name, 1)
-            self.tallies[phase, place].add(Tally(_flops(function, args, kwargs, result), sum(moved.values()), launches))
+            moved = _bytes(_read(function, args, kwargs)) + _bytes(outputs)
+            self.tallies[phase, place].add(Tally(_flops(function, args, kwargs, result), moved, launches))
         for storage in made.values():
             size = storage.nbytes()
             self.live[place] += size
@@ -119,14 +121,26 @@ class StepCounter(TorchDispatchMode):
             self._most, self._at_peak = self._now, self.live.copy()
 
 
-def _bytes(tensor: Tensor) -> int:
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+def _read(function: OpOverload, args, kwargs) -> list[Tensor]:
+    """Tensors whose values the operation reads."""
+    if function._schema.name in OVERWRITE:
+        args = args[1:]
+    written = {argument.name for argument in function._schema.arguments if argument.is_out}
+    values = (args, [value for name, value in kwargs.items() if name not in written])
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, FakeTensor)]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    unique = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in unique)
 
 
 def _flops(function: OpOverload, args, kwargs, result) -> int:
     packet = function._overloadpacket
     if packet is torch.ops.aten.convolution_backward:
         return _convolution_backward_flops(*args)
+    if function._schema.name.endswith("_"):  # in place, as many as out of place
+        packet = getattr(getattr(torch.ops, function.namespace), packet.__name__.removesuffix("_"), packet)
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 

@@ -60,7 +60,7 @@ def part_figures(count: StepCount) -> dict[str, dict[str, int]]:
 
 
 def print_count(setup: Setup, count: StepCount, top: int) -> None:
-    """Table of all parts, and the `top` operations that launch and save most."""
+    """Table of all parts, and the `top` operations that keep, move and launch most."""
     name = setting(setup)
     title = (
         f"{name['size']}, {name['batch']}, {setup.side} px, off: {name['off']}, recompute: {name['recompute']} "
@@ -128,15 +128,15 @@ def _cells(row: dict[str, int]) -> list[str]:
 
 
 def _print_top(console: Console, count: StepCount, top: int) -> None:
+    moved: Counter[tuple[str, str]] = Counter()
     launches: Counter[tuple[str, str]] = Counter()
     for (_, place), tally in count.counter.tallies.items():
+        moved[place] += tally.bytes
         launches[place] += tally.launches
-    for title, sizes, scale, digits in (
-        ("GB at the peak", count.counter.at_peak, 1e9, 2),
-        ("launches", launches, 1, 0),
-    ):
+    sizes = {"GB at the peak": count.counter.at_peak, "GB moved": moved, "launches": launches}
+    for title, values in sizes.items():
         table = Table("part", "operation", title=f"largest: {title}", title_justify="left")
         table.add_column(title, justify="right")
-        for (part, operation), size in sizes.most_common(top):
-            table.add_row(part, operation, f"{size / scale:.{digits}f}")
+        for (part, operation), value in values.most_common(top):
+            table.add_row(part, operation, f"{value / 1e9:.2f}" if "GB" in title else str(value))
         console.print(table)

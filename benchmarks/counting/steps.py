@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import get_args
 from unittest import mock
 
 import torch
@@ -29,7 +28,6 @@ from .counter import StepCounter
 from .parts import PartTracker
 
 FRAMES, VIDEO_OBJECTS, IMAGE_OBJECTS, CORRECTIONS = 8, 3, 64, 7
-RECOMPUTE: tuple[str, ...] = get_args(ModelConfig.model_fields["recompute"].annotation)
 SWITCHES: tuple[str, ...] = (*PerformanceConfig.model_fields, "fused_loss")
 """What can be off: the fields of model.performance, and loss.fused."""
 ADAM_BYTES = 8
@@ -80,7 +78,7 @@ def count_step(setup: Setup) -> StepCount:
     tracker = PartTracker()
     counter = StepCounter(tracker)
     plan, objects = PLANS[setup.batch]
-    with FakeTensorMode(), _flash_attention(), _kept_tables(counter), _single_thread():
+    with FakeTensorMode(), _gpu_attention(), _kept_tables(counter), _single_thread():
         model, loss = _model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
         tracker.watch_model(model)
         tracker.watch(loss, "loss")
@@ -132,13 +130,19 @@ def _single_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _flash_attention() -> Iterator[None]:
-    """Attention is the flash kernel, which PyTorch takes for bfloat16 without a mask on an A100 or H100."""
+def _gpu_attention() -> Iterator[None]:
+    """Attention is the kernel that PyTorch takes on an A100 for bfloat16: flash, or with a mask the memory-efficient
+    one."""
 
     def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if attn_mask is not None or enable_gqa or q.dtype not in (torch.bfloat16, torch.float16):
-            raise NotImplementedError(f"flash attention takes no mask, no shared heads and no {q.dtype}")
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        if q.dtype not in (torch.bfloat16, torch.float16) or enable_gqa:
+            raise NotImplementedError(f"attention in {q.dtype}, or with shared heads, is not counted")
+        if attn_mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, mask, True, dropout_p, is_causal, scale=scale
+        )[0]
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", attend, "AutogradCUDA")  # below autocast
