@@ -65,7 +65,8 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
 
     signature, constants, attributes = _specialize(launch.kernel, launch.arguments)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     sass = _tool("nvdisasm", kernel.asm["cubin"], "-c")
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", kernel.asm["cubin"], "-res-usage"))
     return Compiled(

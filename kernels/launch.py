@@ -17,10 +17,12 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     """By name of the parameter: tensors, numbers and compile-time constants."""
     warps: int = 4
+    stages: int = 3
+    """Iterations of a loop whose loads are in flight at a time."""
 
     def run(self) -> None:
         """Launch on the current stream of the device that the tensors are on; no programs, no launch."""
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         if self.programs:
             with torch.cuda.device_of(tensor):
-                self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps)
+                self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)

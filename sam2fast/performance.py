@@ -40,7 +40,7 @@ class PerformanceConfig(Section):
     fused_norms: bool = True
     """Convolutions run channels-last, with LayerNorm2d, GELU and residual sums fused."""
     skip_unread: bool = True
-    """Memories that no later frame reads are not encoded, and mask-prompt frames have no loss computed."""
+    """Memories that no later frame reads (those of the last frame, and of images) are not encoded."""
 
     @classmethod
     def all_off(cls) -> PerformanceConfig:

@@ -17,6 +17,7 @@ from sam2fast.models.architecture import architecture
 from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.rollout import rollout
 from sam2fast.models.sam2 import SAM2
+from sam2fast.performance import RecomputePolicy
 
 CORRECTIONS = 7
 SWITCHES = {"off": (False, "none"), "fused": (True, "none"), "recompute": (False, "decoder"), "on": (True, "decoder")}
@@ -35,7 +36,7 @@ def plan() -> RolloutPlan:
 
 def image_step(model: SAM2, batch: Batch, fused: bool, recompute: str) -> Tensor:
     """Total loss of an image batch in bfloat16 autocast."""
-    model.recompute = recompute
+    model.recompute = RecomputePolicy.parse(recompute)
     with torch.autocast(batch.frames.device.type, torch.bfloat16):
         output = rollout(model, batch, plan())
         losses = SegmentationLoss(LossConfig(fused=fused))(

@@ -61,7 +61,7 @@ def memory_attention(
     turned_q = _rotated(q, cos, sin, 0, width**-0.5)
     turned_k = _rotated(k, cos, sin, num_unrotated, 1.0)
     out = torch.empty(n, queries, v.shape[2])
-    row_sum, lse = torch.empty(2, n, queries).unbind(0)
+    row_sum, lse = torch.empty(n, queries), torch.empty(n, queries)
     blocks = list(_blocks(queries, keys))
     buffer = torch.empty(blocks[0].stop if blocks else 0, keys)
     for index in range(n):

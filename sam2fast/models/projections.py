@@ -92,7 +92,7 @@ class _Gelu(torch.autograd.Function):
         for rows in _chunks(flat):
             buffer = _gelu(flat[rows], buffer)
             torch.addmm(bias, buffer, weight.t(), out=out[rows])
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

@@ -29,5 +29,6 @@ def recomputed(function: Callable, selective: bool = False, random: bool = True)
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.overloadpacket.__name__
-    kept = name in _KEPT_NAMES or "scaled_dot_product" in name
+    # What an operator writes into is not kept: others write there too.
+    kept = (name in _KEPT_NAMES or "scaled_dot_product" in name) and not operator._schema.is_mutable
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -57,7 +57,10 @@ def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: boo
     memories: list[FrameMemory] = []
     outputs: dict[int, FrameOutput] = {}
     for position, frame in enumerate(plan.order):
-        features = images.select(batch.object_to_clip * num_frames + frame)
+        if len(batch.frames) == 1 and model.performance.shared_image_features:
+            features = images.row(frame)
+        else:
+            features = images.select(batch.object_to_clip * num_frames + frame)
         truth = batch.masks[frame]
         initial = frame in plan.init_frames
         constant = initial and plan.mode == "mask"
@@ -71,7 +74,8 @@ def rollout(model: SAM2, batch: Batch, plan: RolloutPlan, keep_all_memories: boo
             steps, points = _simulate_user(model, conditioned, features.high_res, truth, frame, plan)
         final = steps[-1]
         spatial = None
-        if keep_all_memories or set(plan.order[position + 1 :]) - set(plan.init_frames):
+        unread = not set(plan.order[position + 1 :]) - set(plan.init_frames)
+        if keep_all_memories or not (unread and model.performance.skip_unread):
             mask = final.best if final.full_res is None else final.full_res
             encode = model.encode_memory
             if model.recompute.memory:
@@ -103,6 +107,8 @@ def _simulate_user(
         elif number > 0:
             points = _add_click(points, truth, None if corrections[number - 1] else mask_prompt)
         multimask = model.wants_candidates(points, frame in plan.init_frames)
+        if points is None and mask_prompt is None:  # nothing but the image says how many objects there are
+            conditioned = conditioned.expand(len(truth), -1, -1, -1)
         steps.append(predict(conditioned, high_res, points, mask_prompt, multimask))
         seen.append(points)
     return steps, seen

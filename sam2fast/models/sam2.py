@@ -48,6 +48,11 @@ class ImageFeatures:
     high_res: tuple[Tensor, Tensor]
     """[B, 32, S/4, S/4] and [B, 64, S/8, S/8], as the mask decoder adds them."""
 
+    def row(self, index: int) -> ImageFeatures:
+        """Features of one image, for any number of objects in it."""
+        fine, middle = self.high_res
+        return ImageFeatures(self.top[index, None], (fine[index, None], middle[index, None]))
+
     def select(self, index: Tensor) -> ImageFeatures:
         """Features of the images `index` (int64 [N])."""
         return ImageFeatures(self.top[index], (self.high_res[0][index], self.high_res[1][index]))
@@ -166,16 +171,18 @@ class SAM2(nn.Module):
         initial: bool = False,
         index: Tensor | None = None,
     ) -> Tensor:
-        """Condition the features [N, 256, h, w] of `frame` on the memory bank.
+        """Condition the features of `frame` on the memory bank: [N, 256, h, w], or one row where equal for all.
 
-        With `index` (int64 [N]), `top` has the features [B, 256, h, w] of images, and object n is in image index[n].
+        `top` has the features [N, 256, h, w] of objects; with `index` (int64 [N]) it has the features [B, 256, h, w] of
+        images, and object n is in image index[n].
 
         Frames prompted at the start (`initial`), and frames without any memory, only get the no-memory embedding. See
         `select_memories` for which memories count; in training mode these include pointers from the future.
         """
         chosen = None if initial else select_memories(memories, frame, num_frames, self.arch, self.training, reverse)
         if chosen is None or not (chosen.spatial or chosen.pointers):
-            top = top if index is None else top[index]
+            shared = index is None or (len(top) == 1 and self.performance.shared_image_features)
+            top = top if shared else top[index]
             return top + self.no_mem_embed().view(1, -1, 1, 1)
         tokens, positions = self._spatial_tokens(chosen.spatial)
         num_pointer_tokens = 0

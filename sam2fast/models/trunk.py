@@ -165,7 +165,8 @@ class TrunkBlock(nn.Module):
         q, k, v = projected if self.lean else projected.chunk(3, dim=-1)
         q = q[:, : group.tokens] if group.padding else q
         q = max_pool(q, group) if self.pools else q
-        q, k, v = (x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        heads = self.attn.num_heads, v.shape[-1] // self.attn.num_heads
+        q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.score_bias(q))
         return out.transpose(1, 2).flatten(2)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +70,7 @@ class WindowLayout:
     def _columns(self) -> list[tuple[int, int]]:
         return _spans(self.width, self.window)
 
-    @cached_property
+    @property
     def groups(self) -> tuple[WindowGroup, ...]:
         whole = self.window**2 or self.height * self.width
         return tuple(
@@ -86,14 +85,20 @@ class WindowLayout:
             parts = (tokens,)
         else:
             parts = tokens.split([group.windows * group.tokens for group in self.groups], dim=1)
+        batch, channels = tokens.shape[0], tokens.shape[-1]  # no -1 below: a batch may be empty
         return tuple(
-            part.reshape(-1, group.tokens, part.shape[-1]) for group, part in zip(self.groups, parts, strict=True)
+            part.reshape(batch * group.windows, group.tokens, channels)
+            for group, part in zip(self.groups, parts, strict=True)
         )
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Inverse of `split`."""
         joined = [
-            part.reshape(-1, group.windows * group.tokens, part.shape[-1])
+            part.reshape(
+                math.prod(part.shape[:-1]) // (group.windows * group.tokens),
+                group.windows * group.tokens,
+                part.shape[-1],
+            )
             for group, part in zip(self.groups, parts, strict=True)
         ]
         return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
@@ -117,9 +122,11 @@ class WindowLayout:
         if not self.window:
             return tokens.unflatten(1, (self.height, self.width))
         parts = [
-            part.view(-1, group.rows, group.columns, group.height, group.width, part.shape[-1])
+            part.unflatten(1, (group.height, group.width))
+            .unflatten(0, (len(tokens), group.rows, group.columns))
             .transpose(2, 3)
-            .reshape(-1, group.rows * group.height, group.columns * group.width, part.shape[-1])
+            .flatten(1, 2)
+            .flatten(2, 3)
             for group, part in zip(self.groups, self.split(tokens), strict=True)
         ]
         width = len(self._columns)
