@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from sam2fast.config import LossConfig, ModelConfig
 from sam2fast.data.sample import Batch
 from sam2fast.losses import SegmentationLoss
-from sam2fast.models import rollout
+from sam2fast.models import rollout, trunk
 from sam2fast.models.architecture import architecture
 from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.position import TableCache
@@ -78,7 +78,7 @@ def count_step(setup: Setup) -> StepCount:
     tracker = PartTracker()
     counter = StepCounter(tracker)
     plan, objects = PLANS[setup.batch]
-    with FakeTensorMode(), _gpu_attention(), _kept_tables(counter), _single_thread():
+    with FakeTensorMode(), _gpu_attention(), _kept_tables(counter), _skipped_paths(), _single_thread():
         model, loss = _model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
         tracker.watch_model(model)
         tracker.watch(loss, "loss")
@@ -150,6 +150,20 @@ def _gpu_attention() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def _skipped_paths() -> Iterator[None]:
+    """Stochastic depth leaves samples out, as in training, where the trunk masks fake tensors: one draw, of seed 0."""
+    draw = trunk.HieraTrunk._draw_kept
+
+    def drawn(self: trunk.HieraTrunk, images: Tensor):
+        with unset_fake_temporarily(), mock.patch.object(trunk, "FakeTensor", ()):
+            kept = draw(self, torch.empty(len(images)))
+        return [[None if index is None else _fake(index) for index in pair] for pair in kept]
+
+    with mock.patch.object(trunk.HieraTrunk, "_draw_kept", drawn):
+        yield
 
 
 @contextmanager
