@@ -117,8 +117,8 @@ class SAM2(nn.Module):
         self.memory_attention = MemoryAttention(
             dim, memory_dim, arch.memory_layers, arch.memory_dropout, self.performance
         )
-        self.memory_encoder = MemoryEncoder(dim, memory_dim)
-        self.sam_prompt_encoder = PromptEncoder(dim)
+        self.memory_encoder = MemoryEncoder(dim, memory_dim, self.performance)
+        self.sam_prompt_encoder = PromptEncoder(dim, performance=self.performance)
         self.sam_mask_decoder = MaskDecoder(dim, self.performance)
         self.obj_ptr_proj = MLP(dim, dim, dim, num_layers=3)
         if arch.pointer_time_encoding:
