@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..performance import PerformanceConfig
 from .architecture import Architecture
+from .layers import Conv2d, without_autocast
 from .trunk import HieraTrunk
+
+Projection = tuple[Tensor, Tensor]
+"""Weight [out, in, 1, 1] and bias [out] of a 1 x 1 convolution."""
 
 
 class FpnNeck(nn.Module):
@@ -19,14 +24,34 @@ class FpnNeck(nn.Module):
         super().__init__()
         # Coarse to fine; the official name of a level is convs.{i}.conv.
         self.convs = nn.ModuleList(
-            nn.Sequential(OrderedDict(conv=nn.Conv2d(width, dim, kernel_size=1))) for width in reversed(channels)
+            nn.Sequential(OrderedDict(conv=Conv2d(width, dim, kernel_size=1))) for width in reversed(channels)
         )
 
-    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Stage features (fine to coarse) to maps [B, dim, ...] of strides 4, 8 and 16."""
-        coarse, top, middle, fine = (conv(x) for conv, x in zip(self.convs, reversed(features), strict=True))
+    def forward(self, features: list[Tensor], after: Sequence[Projection] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage features (fine to coarse) to maps [B, dim, ...] of strides 4, 8 and 16.
+
+        With `after`, the weights [dim', dim, 1, 1] and biases of the projections that follow at strides 4 and 8, these
+        two maps are the results of both, [B, dim', ...]; maps of width `dim` are never made.
+        """
+        rows = list(zip(self.convs, reversed(features), strict=True))
+        coarse, top = (conv(x) for conv, x in rows[:2])
+        if after:
+            middle, fine = (
+                _project(x, conv.conv(), projection)
+                for (conv, x), projection in zip(rows[2:], reversed(after), strict=True)
+            )
+        else:
+            middle, fine = (conv(x) for conv, x in rows[2:])
         # In float32: under autocast this map starts the residual streams of memory attention and mask decoder.
         return fine, middle, top + F.interpolate(coarse.float(), scale_factor=2.0, mode="nearest")
+
+
+def _project(x: Tensor, first: Projection, second: Projection) -> Tensor:
+    """Two 1 x 1 convolutions of x [B, C, h, w] as one matrix product: W2 (W1 x + b1) + b2 = (W2 W1) x + W2 b1 + b2."""
+    (weight1, bias1), (weight2, bias2) = ((weight.flatten(1), bias) for weight, bias in (first, second))
+    with without_autocast(x):  # in the precision of the weights: autocast then rounds their product alone
+        weight, bias = weight2 @ weight1, weight2 @ bias1 + bias2
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 class ImageEncoder(nn.Module):
@@ -37,6 +62,7 @@ class ImageEncoder(nn.Module):
         self.trunk = HieraTrunk(arch, performance)
         self.neck = FpnNeck(arch.channels, arch.hidden_dim)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized images [B, 3, H, W] to maps of strides 4, 8 and 16, each [B, 256, ...]."""
-        return self.neck(self.trunk(images))
+    def forward(self, images: Tensor, after: Sequence[Projection] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalized images [B, 3, H, W] to maps of strides 4, 8 and 16, each [B, 256, ...]; for `after` see the
+        neck."""
+        return self.neck(self.trunk(images), after)

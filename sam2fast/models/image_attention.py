@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .layers import compute_dtype, without_autocast
+from .layers import compute_dtype, layer_norm_backward, without_autocast
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Elements of the widest map of the objects that are computed at once: on a CPU these stay in its cache."""
@@ -196,13 +196,3 @@ def _merge(rows: Tensor, image: Tensor) -> Tensor:
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
-
-
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of a layer norm over the last dimension of x."""
-    _, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, x, list(weight.shape), mean, rstd, weight, bias, [True, True, True]
-    )

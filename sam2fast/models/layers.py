@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -71,6 +72,30 @@ class LayerNorm2d(nn.Module):
             return lend(self)
         normalized = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return normalized.permute(0, 3, 1, 2)
+
+    def gelu(self, rows: Tensor) -> Tensor:
+        """GELU of the normalized rows [..., C], in their dtype; only they are kept for the backward pass."""
+        return _NormGelu.apply(rows, *self(), self.eps)
+
+
+class _NormGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        with without_autocast(x):
+            return F.gelu(F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        scale, shift = weight.to(x.dtype), bias.to(x.dtype)
+        with without_autocast(x):
+            normed = F.layer_norm(x, weight.shape, scale, shift, ctx.eps)
+            grad = torch.ops.aten.gelu_backward(grad, normed)
+            grad_x, grad_weight, grad_bias = layer_norm_backward(grad, x, scale, shift, ctx.eps)
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
 
 
 class MLP(nn.Module):
@@ -136,3 +161,13 @@ class Attention(nn.Module):
         rows = max(len(q), len(k))
         heads = [self._heads(x).expand(rows, -1, -1, -1) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))]
         return self._attend(*heads)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias of a layer norm over the last dimension of x."""
+    _, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x, list(weight.shape), mean, rstd, weight, bias, [True, True, True]
+    )

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .layers import compute_dtype
+
 CHUNK_BYTES = 4 * 2**20
 """Of activations that a CPU keeps in its cache between two operations."""
 
@@ -49,10 +51,7 @@ def adopt(kind: type[nn.Linear], linear: nn.Linear) -> nn.Linear:
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the precision of autocast where it is on, as it does for the operands of `F.linear`."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = compute_dtype(tensors[0])
     return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
 
 

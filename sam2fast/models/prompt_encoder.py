@@ -6,27 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import LayerNorm2d, Learned
+from ..performance import PerformanceConfig
+from .layers import Conv2d, LayerNorm2d, Learned
 from .position import FourierEncoding
+from .upscaling import block
 
 
 class PromptEncoder(nn.Module):
     """Points become tokens, a coarse mask becomes a map that is added to the image features."""
 
-    def __init__(self, dim: int, mask_channels: int = 16) -> None:
+    def __init__(self, dim: int, mask_channels: int = 16, performance: PerformanceConfig | None = None) -> None:
         super().__init__()
+        self.fused_norms = (performance or PerformanceConfig()).fused_norms
         self.pe_layer = FourierEncoding(dim)
         # negative click, positive click, top left corner, bottom right corner
         self.point_embeddings = nn.ModuleList(Learned(1, dim) for _ in range(4))
         self.not_a_point_embed = Learned(1, dim)
         self.mask_downscaling = nn.Sequential(
-            nn.Conv2d(1, mask_channels // 4, kernel_size=2, stride=2),
+            Conv2d(1, mask_channels // 4, kernel_size=2, stride=2),
             LayerNorm2d(mask_channels // 4),
             nn.GELU(),
-            nn.Conv2d(mask_channels // 4, mask_channels, kernel_size=2, stride=2),
+            Conv2d(mask_channels // 4, mask_channels, kernel_size=2, stride=2),
             LayerNorm2d(mask_channels),
             nn.GELU(),
-            nn.Conv2d(mask_channels, dim, kernel_size=1),
+            Conv2d(mask_channels, dim, kernel_size=1),
         )
         self.no_mask_embed = Learned(1, dim)
 
@@ -65,7 +68,16 @@ class PromptEncoder(nn.Module):
         if mask is None:
             return sparse, self.no_mask_embed()[..., None, None].expand(-1, -1, *grid)
         assert mask.shape == (batch, 1, 4 * grid[0], 4 * grid[1]), f"mask prompt {tuple(mask.shape)} on grid {grid}"
-        return sparse, self.mask_downscaling(mask)
+        return sparse, self._embed_mask(mask, grid) if self.fused_norms else self.mask_downscaling(mask)
+
+    def _embed_mask(self, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`mask_downscaling`, whose convolutions do not overlap, as matrix products of the blocks of each cell."""
+        conv1, norm1, _, conv2, norm2, _, conv3 = self.mask_downscaling
+        rows = block(mask, 2).unflatten(2, (4, 4))  # [N, hw, blocks, pixels of a block]
+        (weight1, bias1), (weight2, bias2), (weight3, bias3) = conv1(), conv2(), conv3()
+        rows = norm1.gelu(F.linear(rows, weight1.flatten(1), bias1)).flatten(2)  # [N, hw, blocks * channels]
+        rows = norm2.gelu(F.linear(rows, weight2.permute(0, 2, 3, 1).flatten(1), bias2))
+        return F.linear(rows, weight3.flatten(1), bias3).transpose(1, 2).unflatten(2, grid)
 
     def grid_encoding(self, grid: tuple[int, int]) -> Tensor:
         """Position encoding of the image features [1, dim, h, w], of the same kind as that of points."""

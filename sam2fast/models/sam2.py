@@ -117,8 +117,8 @@ class SAM2(nn.Module):
         self.memory_attention = MemoryAttention(
             dim, memory_dim, arch.memory_layers, arch.memory_dropout, self.performance
         )
-        self.memory_encoder = MemoryEncoder(dim, memory_dim)
-        self.sam_prompt_encoder = PromptEncoder(dim)
+        self.memory_encoder = MemoryEncoder(dim, memory_dim, self.performance)
+        self.sam_prompt_encoder = PromptEncoder(dim, performance=self.performance)
         self.sam_mask_decoder = MaskDecoder(dim, self.performance)
         self.obj_ptr_proj = MLP(dim, dim, dim, num_layers=3)
         if arch.pointer_time_encoding:
@@ -154,12 +154,14 @@ class SAM2(nn.Module):
 
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
-        dtype = self.dtype
+        dtype, projections = self.dtype, (self.sam_mask_decoder.conv_s0, self.sam_mask_decoder.conv_s1)
+        folded = [conv() for conv in projections] if self.performance.folded_projections else []
         self.image_encoder.trunk.recompute = self.recompute
         with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
-            fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype))
-        high_res = self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle)
-        return ImageFeatures(top.to(dtype), high_res)
+            fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype), folded)
+        if not folded:
+            fine, middle = projections[0](fine), projections[1](middle)
+        return ImageFeatures(top.to(dtype), (fine, middle))
 
     def condition_on_memory(
         self,

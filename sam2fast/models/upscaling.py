@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .image_attention import empty_total, layer_norm_backward, object_chunks, part, put_part, zero_total
-from .layers import compute_dtype, without_autocast
+from .image_attention import empty_total, object_chunks, part, put_part, zero_total
+from .layers import compute_dtype, layer_norm_backward, without_autocast
 
 
 def block(x: Tensor, levels: int) -> Tensor:

@@ -11,7 +11,7 @@ from sam2fast.models.architecture import architecture
 from sam2fast.models.projections import GeluLinear, SplitLinear
 from sam2fast.models.trunk import HieraTrunk
 from sam2fast.models.windows import WindowLayout
-from sam2fast.performance import PerformanceConfig
+from sam2fast.performance import PerformanceConfig, RecomputePolicy
 
 SWITCHES = ("unpadded_windows", "skip_dropped_paths", "lean_projections")
 ARCHITECTURES = {
@@ -170,7 +170,7 @@ class TestStochasticDepth:
 def test_recomputed_blocks_give_the_same_gradients_and_keep_less(switches):
     trunk, x = make("tiny", *switches, drop_path=0.5).train(), images(64, 96)
     found, kept = [], []
-    for trunk.recompute_blocks in (False, True):
+    for trunk.recompute in (RecomputePolicy(), RecomputePolicy(trunk=True)):
         sizes = []
         torch.manual_seed(5)
         with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
