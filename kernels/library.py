@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,14 @@ def register_flop_formulas() -> None:
         operator = getattr(torch.ops.sam2fast, name)
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """What torch.compile lacks on a device, and the remedy; None where it can run."""
+    if device.type == "cuda":
+        return None if _HAS_TRITON else "needs Triton: pip install triton"
+    found = any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+    return None if found else "needs a C++ compiler: install g++"
 
 
 def _refuse_second_derivative(ctx, *grads):

@@ -52,6 +52,9 @@ class ModelConfig(Section):
     more arithmetic."""
     offload_activations: bool = False
     """What the trunk keeps for the backward pass waits in pinned memory of the host. Costs transfers."""
+    compile: bool = False
+    """torch.compile for blocks of the trunk, layers of memory attention and the memory encoder. The first steps take
+    minutes longer; stochastic depth then masks samples instead of leaving them out."""
     performance: PerformanceConfig = PerformanceConfig()
 
     @field_validator("version", mode="before")

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from sam2fast_kernels import library
+
 from .checkpoint import CheckpointStore, RunState, save_state, write_folder
 from .config import Config, ConfigError, ModelConfig, StageConfig
 from .data.formats import open_dataset
@@ -132,6 +134,12 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
     return model
 
 
+def _compile(model: SAM2, device: torch.device) -> None:
+    if obstacle := library.compile_obstacle(device):
+        raise ConfigError(f"model.compile {obstacle}, or set model.compile=false")
+    model.compile_regions()
+
+
 def evaluate_checkpoint(config: Config, checkpoint: str | Path, ranks: Ranks) -> dict[str, float]:
     """Scores of a checkpoint on the validation sets of `config`, see `evaluation.validate`; overlays go to
     `output_dir`."""
@@ -154,6 +162,8 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     model = build_model(config, before).to(ranks.device).train()
     if policy := _choose_recompute(run, stage):
         model.recompute = RecomputePolicy.parse(policy)
+    if config.model.compile:
+        _compile(model, ranks.device)
     freeze(model, stage.freeze)
     groups = build_groups(model, stage.optim)
     engine = build_engine(config.engine, stage.optim, ranks, model, groups, config.precision, stage.accumulate,

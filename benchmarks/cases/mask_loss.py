@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness.case import Case, Outputs, Provider, Run, Shape, compile_obstacle, compiled, cpp_obstacle, triton_obstacle
+from harness.case import Case, Outputs, Provider, Run, Shape, compiled, cpp_obstacle, triton_obstacle
 from harness.inputs import discs
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class MaskLossCase(Case):
     def __init__(self) -> None:
         self.providers = {
             "eager": Provider(lambda: _unpacked(eager), full_size_tensors=12),
-            "compiled": Provider(lambda: _unpacked(compiled(eager)), 4, compile_obstacle),
+            "compiled": Provider(lambda: _unpacked(compiled(eager)), 4, library.compile_obstacle),
             "cpp": Provider(lambda: _unpacked(functools.partial(fused, backend="cpp")), 0, cpp_obstacle),
             "triton": Provider(lambda: _unpacked(functools.partial(fused, backend="triton")), 0, triton_obstacle),
         }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness.case import Case, Outputs, Provider, Run, Shape, compile_obstacle, compiled, cpp_obstacle, triton_obstacle
+from harness.case import Case, Outputs, Provider, Run, Shape, compiled, cpp_obstacle, triton_obstacle
 from torch import Tensor
 
 from sam2fast_kernels import library
@@ -72,7 +72,7 @@ class MemoryAttentionCase(Case):
     def __init__(self) -> None:
         self.providers = {
             "eager": Provider(lambda: eager, full_size_tensors=12),
-            "compiled": Provider(lambda: compiled(eager), 8, compile_obstacle),
+            "compiled": Provider(lambda: compiled(eager), 8, library.compile_obstacle),
             "cpp": Provider(lambda: self._fused("cpp"), 4, cpp_obstacle),
             "triton": Provider(lambda: self._fused("triton"), 2, triton_obstacle),
         }

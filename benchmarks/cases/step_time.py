@@ -20,6 +20,7 @@ from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.sam2 import SAM2
 from sam2fast.parallel.engine import clip_on_device
 from sam2fast.performance import PerformanceConfig
+from sam2fast_kernels import library
 
 SIZES = {"T": "tiny", "S": "small", "B+": "base_plus", "L": "large"}
 CLICKS = ((False,) * 7,)
@@ -66,6 +67,8 @@ class Step:
         rate = 0.1 if shape.random else 0.0
         arch = architecture(SIZES[shape.size], image_size=shape.side, drop_path=rate, memory_dropout=rate)
         self.model = SAM2(arch, recompute=switches.recompute, performance=switches.performance).train().to(device)
+        if switches.compile:
+            self.model.compile_regions()
         # Untrained scores call objects absent at random, and an absent object costs less.
         torch.nn.init.constant_(self.model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 3.0)
         self.loss = SegmentationLoss(LossConfig(fused=switches.fused_loss))
@@ -94,12 +97,14 @@ class Switches:
     performance: PerformanceConfig = PerformanceConfig()
     fused_loss: bool = True
     recompute: str = "none"
+    compile: bool = False
 
 
 OFF = Switches(PerformanceConfig.all_off(), fused_loss=False)
 PROVIDERS = {
     "all_off": OFF,
     "all_on": Switches(),
+    "all_on_compiled": Switches(compile=True),
     "recompute_decoder": Switches(recompute="decoder"),
     "no_fused_loss": Switches(fused_loss=False),
     **{f"no_{name}": Switches(PerformanceConfig(**{name: False})) for name in PerformanceConfig.model_fields},
@@ -113,7 +118,7 @@ def _provider(name: str) -> Provider:
         inputs.running = inputs.steps[name]
         return {"total": inputs.running.forward(inputs.shape, inputs.batch)}
 
-    return Provider(lambda: run)
+    return Provider(lambda: run, 0, library.compile_obstacle if PROVIDERS[name].compile else None)
 
 
 class StepTimeCase(Case):

@@ -15,7 +15,6 @@ from harness.case import (
     Provider,
     Run,
     Shape,
-    compile_obstacle,
     compiled,
     cpp_obstacle,
     triton_obstacle,
@@ -23,6 +22,7 @@ from harness.case import (
 from harness.inputs import discs
 from torch import Tensor
 
+from sam2fast_kernels import library
 from sam2fast_kernels.upsample import upsample
 
 SCALE, BIAS = 20.0, -10.0
@@ -60,7 +60,7 @@ class UpsampleCase(Case):
         cpp, triton = (functools.partial(upsample, factor=FACTOR, backend=b, **options) for b in ("cpp", "triton"))
         self.providers = {
             "eager": _provider(lambda: eager, 5),
-            "compiled": _provider(lambda: compiled(eager), 3, compile_obstacle),
+            "compiled": _provider(lambda: compiled(eager), 3, library.compile_obstacle),
             "cpp": _provider(lambda: cpp, 2, cpp_obstacle),
             "triton": _provider(lambda: triton, 2, triton_obstacle),
         }

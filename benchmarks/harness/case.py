@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,14 +135,6 @@ def triton_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "runs on CUDA only; its interpreter on a CPU is not worth timing"
     return None if importlib.util.find_spec("triton") else "needs Triton: pip install triton"
-
-
-def compile_obstacle(device: torch.device) -> str | None:
-    """What torch.compile lacks."""
-    if device.type == "cuda":
-        return triton_obstacle(device)
-    found = any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
-    return None if found else "needs a C++ compiler: install g++"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import library
 
-BLOCK_BYTES = 4 << 20
-"""Scores of a block of queries, so that two such blocks and the keys stay in the last-level cache."""
+BLOCK_BYTES = 16 << 20
+"""Scores of a block of queries, so that a block and the keys stay in the last-level cache."""
 BLOCK_QUERIES = (64, 512)
 """Fewest and most queries of a block: the products are slow with fewer, and gain nothing with more."""
 

@@ -115,7 +115,7 @@ def _flops_backward(_, __, ___, ____, _____, q_shape, k_shape, v_shape, *______,
     return 2 * q_shape[0] * q_shape[1] * k_shape[1] * (3 * q_shape[2] + 2 * v_shape[2])
 
 
-_OPTIONS = "Tensor cos, Tensor sin, int num_unrotated, float dropout, Tensor seed"
+_OPTIONS = "Tensor cos, Tensor sin, SymInt num_unrotated, float dropout, Tensor seed"
 
 attention = library.Operator(
     "memory_attention",

@@ -75,7 +75,14 @@ class LayerNorm2d(nn.Module):
 
     def gelu(self, rows: Tensor) -> Tensor:
         """GELU of the normalized rows [..., C], in their dtype; only they are kept for the backward pass."""
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+            return _norm_gelu(rows, *self(), self.eps)
         return _NormGelu.apply(rows, *self(), self.eps)
+
+
+def _norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    with without_autocast(x):
+        return F.gelu(F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps))
 
 
 class _NormGelu(torch.autograd.Function):
@@ -83,8 +90,7 @@ class _NormGelu(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
-        with without_autocast(x):
-            return F.gelu(F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps))
+        return _norm_gelu(x, weight, bias, eps)
 
     @staticmethod
     @once_differentiable

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 ABSENT_LOGIT = -1024.0
 """Every mask logit of an object that the object score calls absent."""
+COMPILED_VARIANTS = 64
+"""Forms of one function that are compiled before it runs uncompiled: blocks differ by stage and window."""
 STRIDE = 16
 """Pixels per cell of the features that prompts and memories meet on."""
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -129,6 +131,20 @@ class SAM2(nn.Module):
         from .rollout import rollout
 
         return rollout(self, batch, plan)
+
+    def compile_regions(self, backend: str = "inductor") -> None:
+        """Compile what repeats and costs most, each part at its first call; call it before training, once.
+
+        A block of the trunk is compiled for every shape that it sees. Layers of memory attention and the memory encoder
+        take any number of memories and objects without another compilation, after the second number that they see.
+        """
+        # All blocks share one function, and every block that differs in shape counts as a recompilation of it.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
+        self.image_encoder.trunk.compiled = True
+        for block in self.image_encoder.trunk.blocks:
+            block.compile(backend=backend, dynamic=False)
+        for region in (*self.memory_attention.layers, self.memory_encoder):
+            region.compile(backend=backend)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -29,12 +29,14 @@ class HieraTrunk(HieraDet):
     projection, so a key and a value made of the biases stand for all of them.
 
     With `performance.skip_dropped_paths` stochastic depth runs a branch on the samples that keep it. Torch's CPU
-    generator draws them, so that their number is known without waiting for the device. The sizes of a training step
-    then vary: a compiled block sees them as dynamic. A compiled trunk, and fake tensors, get masks instead.
+    generator draws them, so that their number is known without waiting for the device. Compiled blocks, whose sizes
+    must not vary from step to step, and fake tensors get masks instead.
     """
 
     recompute = RecomputePolicy()
     """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
+    compiled = False
+    """Whether blocks are compiled, for a number of samples that is known: stochastic depth masks them."""
 
     def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
         super().__init__(
@@ -98,7 +100,7 @@ class HieraTrunk(HieraDet):
         drops = [drop for block in self.blocks for drop in (block.drop_path1, block.drop_path2)]
         rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
         skips = self.performance.skip_dropped_paths and any(rates)
-        if not skips or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+        if not skips or self.compiled or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
             return [(None, None)] * len(self.blocks)
         draws = torch.rand(len(rates), len(images), device="cpu")
         keep = draws >= torch.tensor(rates, device="cpu").unsqueeze(1)

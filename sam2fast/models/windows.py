@@ -142,7 +142,7 @@ def _spans(length: int, window: int) -> list[tuple[int, int]]:
     """Number and size of the whole windows along a side, then of the one that the border cuts off."""
     if not window:
         return [(1, length)]
-    whole, rest = divmod(length, window)
+    whole, rest = length // window, length % window  # torch.compile knows no divmod of symbolic sizes
     return [span for span in ((whole, window), (1, rest)) if span[0] * span[1]]
 
 

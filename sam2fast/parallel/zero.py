@@ -67,6 +67,11 @@ class DeepSpeedEngine:
                 f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
                 "parameter; set optim.missing_grad=zero, engine.zero_stage=0 or engine.kind=torch"
             )
+        if self.stage == 3 and any(part._compiled_call_impl for part in module.modules()):
+            raise ConfigError(
+                "model.compile cannot work with ZeRO stage 3, which gathers parameters around the call of every "
+                "module; set model.compile=false or engine.zero_stage=2"
+            )
         deepspeed = _import_deepspeed(ranks.device.type)
         self.ranks, self.rebuild = ranks, rebuild
         self.clip = optim.clip
