@@ -29,7 +29,8 @@ class PerformanceConfig(Section):
     lean_projections: bool = True
     """Linear layers of the trunk: the output of a GELU is computed again, q, k and v have no gradient in common."""
     folded_projections: bool = True
-    """The neck's projections of strides 4 and 8 and the decoder's after them are one matrix product."""
+    """Projections that follow on each other are one matrix product: those of strides 4 and 8 in neck and decoder, and
+    with `absorbed_values` those of values and output in memory attention."""
     shared_image_features: bool = True
     """Mask decoder: what is equal for all masks of an image is neither copied nor computed for each."""
     absorbed_projections: bool = True

@@ -10,19 +10,19 @@ from sam2fast_kernels.dropout import dropout_add, relu_dropout
 from sam2fast_kernels.memory_attention import memory_attention
 
 from ..performance import PerformanceConfig, RecomputePolicy
-from .layers import Attention
+from .layers import Attention, Linear, without_autocast
 from .position import TableCache, apply_rotary, rotary_tables, sine_encoding_2d
 from .recompute import recomputed
 
 KEEP_ALL = RecomputePolicy()
 
 
-class ValueProjection(nn.Linear):
+class ValueProjection(Linear):
     """Linear map that also takes weighted sums of values, instead of the values themselves."""
 
-    def forward(self, x: Tensor, row_sum: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None = None, row_sum: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, L, in]; with `row_sum` [N, L], the sum of the weights that made x: their sum of projected values."""
-        if row_sum is None:
+        if x is None or row_sum is None:
             return super().forward(x)
         out = F.linear(x, self.weight)
         return torch.addcmul(out, row_sum.to(out.dtype).unsqueeze(-1), self.bias.to(out.dtype))
@@ -38,6 +38,7 @@ class RoPEAttention(Attention):
         self.v_proj = ValueProjection(kv_dim or dim, dim)
         self.performance = performance or PerformanceConfig()
         self.absorbs = self.performance.absorbed_values and kv_dim is not None and kv_dim < dim
+        self.folds = self.absorbs and self.performance.folded_projections
 
     def forward(
         self,
@@ -56,7 +57,18 @@ class RoPEAttention(Attention):
         if index is not None:
             q, k, v = (_take(x, index) for x in (q, k, v))
         out, row_sum = self._weighted_sums(q, k, v, tables, num_unrotated)
+        if self.folds:
+            return self._project_sums(out, row_sum)
         return self.out_proj(self.v_proj(out, row_sum) if self.absorbs else out)
+
+    def _project_sums(self, x: Tensor, row_sum: Tensor) -> Tensor:
+        """Value and output projection of sums of memories [N, hw, kv_dim] as one matrix product:
+        Wo (Wv x + s bv) + bo = (Wo Wv) x + s Wo bv + bo, s being the sum of the weights [N, hw]."""
+        (value_weight, value_bias), (weight, bias) = self.v_proj(), self.out_proj()
+        with without_autocast(x):  # in the precision of the weights: autocast then rounds their product alone
+            value_weight, value_bias = weight @ value_weight, weight @ value_bias
+        out = F.linear(x, value_weight, bias)
+        return torch.addcmul(out, row_sum.to(out.dtype).unsqueeze(-1), value_bias.to(out.dtype))
 
     def _weighted_sums(
         self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int
