@@ -118,7 +118,9 @@ def _provider(name: str) -> Provider:
         inputs.running = inputs.steps[name]
         return {"total": inputs.running.forward(inputs.shape, inputs.batch)}
 
-    return Provider(lambda: run, 0, library.compile_obstacle if PROVIDERS[name].compile else None)
+    return (
+        Provider(lambda: run, obstacle=library.compile_obstacle) if PROVIDERS[name].compile else Provider(lambda: run)
+    )
 
 
 class StepTimeCase(Case):
