@@ -78,11 +78,11 @@ def count_step(setup: Setup) -> StepCount:
     tracker = PartTracker()
     counter = StepCounter(tracker)
     plan, objects = PLANS[setup.batch]
-    with FakeTensorMode(), _gpu_attention(), _kept_tables(counter), _skipped_paths(), _single_thread():
-        model, loss = _model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
+    with FakeTensorMode(), gpu_attention(), _kept_tables(counter), _skipped_paths(), _single_thread():
+        model, loss = fake_model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
         tracker.watch_model(model)
         tracker.watch(loss, "loss")
-        batch = _batch(plan.num_frames, objects, setup.side)
+        batch = fake_batch(plan.num_frames, objects, setup.side)
         with counter, _tracked_clicks(tracker):
             with torch.autocast("cuda", torch.bfloat16):
                 output = model(batch, plan)
@@ -95,7 +95,7 @@ def count_step(setup: Setup) -> StepCount:
     return StepCount(counter, saved, state)
 
 
-def _model(setup: Setup) -> SAM2:
+def fake_model(setup: Setup) -> SAM2:
     """The model with weights that are fake CUDA tensors if called in FakeTensorMode."""
     performance = PerformanceConfig(**{name: name not in setup.off for name in PerformanceConfig.model_fields})
     arch = architecture(setup.size, image_size=setup.side)
@@ -113,7 +113,7 @@ def _fake(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
-def _batch(frames: int, objects: int, side: int) -> Batch:
+def fake_batch(frames: int, objects: int, side: int) -> Batch:
     return Batch(
         frames=torch.empty(1, frames, 3, side, side, dtype=torch.uint8, device="cuda"),
         masks=torch.empty(frames, objects, side, side, dtype=torch.bool, device="cuda"),
@@ -130,7 +130,7 @@ def _single_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _gpu_attention() -> Iterator[None]:
+def gpu_attention() -> Iterator[None]:
     """Attention is the kernel that PyTorch takes on an A100 for bfloat16: flash, or with a mask the memory-efficient
     one."""
 
