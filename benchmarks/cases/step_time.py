@@ -18,7 +18,7 @@ from sam2fast.losses import SegmentationLoss
 from sam2fast.models.architecture import architecture
 from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.sam2 import SAM2
-from sam2fast.parallel.engine import clip_on_device
+from sam2fast.parallel.engine import clip_within_update
 from sam2fast.performance import PerformanceConfig
 from sam2fast_kernels import library
 
@@ -86,7 +86,7 @@ class Step:
         """Gradient of the first layer, which comes last."""
         total.backward()
         gradient = self.model.image_encoder.trunk.patch_embed.proj.weight.grad.clone()
-        clip_on_device(self.parameters, 0.1)
+        clip_within_update(self.optimizer, self.parameters, 0.1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return gradient

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimConfig
-from .engine import StepResult, autocast, clip_on_device, evaluating, group_settings, set_rates
+from .engine import StepResult, autocast, clip_on_device, clip_within_update, evaluating, group_settings, set_rates
 from .mesh import Ranks
 
 BUCKET_BYTES = 25 * 2**20
@@ -31,7 +31,7 @@ class TorchEngine:
         self.clip = optim.clip
         self.fill_missing = optim.missing_grad == "zero"
         self.params = [p for group in groups for p in group["params"]]
-        # The fused update takes `found_inf`, which skips a bad step without a host sync.
+        # The fused update skips a bad step without a host sync, and clips as it reads the gradients.
         self.optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
         self.layout = {"engine": "torch", "precision": precision, "groups": [len(group["params"]) for group in groups]}
         self.autocast = lambda: autocast(precision, ranks.device)
@@ -55,13 +55,13 @@ class TorchEngine:
 
     def step(self, lr_scale: float) -> StepResult:
         set_rates(self.optimizer.param_groups, lr_scale)
-        self.scaler.unscale_(self.optimizer)
-        result = clip_on_device(self.params, self.clip)
         if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            result = clip_on_device(self.params, self.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.found_inf = result.skipped
+            result = clip_within_update(self.optimizer, self.params, self.clip)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result

@@ -119,10 +119,26 @@ def evaluating(module: nn.Module, precision: AbstractContextManager) -> Iterator
 
 def clip_on_device(params: list[nn.Parameter], max_norm: float | None) -> StepResult:
     """Scale gradients to at most `max_norm` (L2 over all) without reading the norm on the host."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    result = _measure(params)
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, result.grad_norm)
+    return result
+
+
+def clip_within_update(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None
+) -> StepResult:
+    """Let the next `step()` of a fused optimizer scale gradients to at most `max_norm` (L2 over all) as it reads them,
+    and leave out the update where they are not finite. The norm is not read on the host."""
+    result = _measure(params)
+    optimizer.found_inf = result.skipped
+    # The same factor as that of `clip_grads_with_norm_`; gradients are divided by it.
+    optimizer.grad_scale = None if max_norm is None else ((result.grad_norm + 1e-6) / max_norm).clamp(min=1.0)
+    return result
+
+
+def _measure(params: list[nn.Parameter]) -> StepResult:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return StepResult(norm, (~torch.isfinite(norm)).float())
 
 

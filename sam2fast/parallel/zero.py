@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
-from .engine import StepResult, autocast, clip_on_device, evaluating, group_settings, set_rates
+from .engine import StepResult, autocast, clip_within_update, evaluating, group_settings, set_rates
 from .mesh import Ranks
 
 DEFAULT_STAGE = 1
@@ -117,8 +117,7 @@ class DeepSpeedEngine:
                 param.grad = torch.zeros_like(param)
             if self.loss_scale and param.grad is not None:
                 param.grad /= self.loss_scale.value
-        result = clip_on_device(self.params, self.clip)
-        self.optimizer.found_inf = result.skipped
+        result = clip_within_update(self.optimizer, self.params, self.clip)
         self.engine.step()
         if self.loss_scale:
             self.loss_scale.update(bool(result.skipped))

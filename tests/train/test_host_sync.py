@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from counting.steps import PLANS, Setup, fake_batch, fake_model, gpu_attention
 from sam2fast.config import LossConfig
 from sam2fast.losses import SegmentationLoss
-from sam2fast.parallel.engine import clip_on_device
+from sam2fast.parallel.engine import clip_within_update
 
 for kind, (plan, _) in PLANS.items():
     with FakeTensorMode(), gpu_attention(), torch.autograd.set_multithreading_enabled(False):
@@ -32,7 +32,7 @@ for kind, (plan, _) in PLANS.items():
             with torch.autocast("cuda", torch.bfloat16):
                 output = model(batch, plan)
             loss([frame.steps for frame in output.frames], batch.masks, 3.0)["total"].backward()
-            norm = clip_on_device(parameters, 0.1).grad_norm
+            norm = clip_within_update(optimizer, parameters, 0.1).grad_norm
             optimizer.step()
             optimizer.zero_grad()
         try:
@@ -62,7 +62,7 @@ def test_a_step_never_waits_for_the_gpu(kind):
     from sam2fast.models.architecture import architecture
     from sam2fast.models.plan import RolloutPlan
     from sam2fast.models.sam2 import SAM2
-    from sam2fast.parallel.engine import clip_on_device
+    from sam2fast.parallel.engine import clip_within_update
 
     corrections = {"mask": (), "point": ((0, 2), (False, False), ((False,) * 3,) * 2)}[kind]
     plan = RolloutPlan(4, kind, (0,), *corrections)
@@ -78,7 +78,7 @@ def test_a_step_never_waits_for_the_gpu(kind):
         with torch.autocast("cuda", torch.bfloat16):
             output = model(batch, plan)
         loss([frame.steps for frame in output.frames], batch.masks, batch.num_objects)["total"].backward()
-        clip_on_device(parameters, 0.1)
+        clip_within_update(optimizer, parameters, 0.1)
         optimizer.step()
         optimizer.zero_grad()
 
