@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -76,6 +77,7 @@ def compare(
         _say(f"{case.name} {shape.text}: check and time {', '.join(usable)}")
         _compare_shape(case, shape, usable, modes, device, repeats, result, peaks)
     if device.type == "cpu":
+        gc.collect()  # the processes need the memory that cycles of models and graphs still hold
         peaks = _peaks_of_processes(case, modes, result)
     _relate(case, result.rows, peaks)
     return result
