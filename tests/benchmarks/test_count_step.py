@@ -99,12 +99,14 @@ def test_with_everything_off_it_is_the_official_step(counts):
     assert forward["memory feed-forward"] == layers * objects * 7 * 4 * n * 256 * 2048
     assert forward["trunk"] == pytest.approx(8 * 638.1e9, rel=1e-3)  # an image costs 638.1 GFLOP
     backward = {name: part["backward_flops"] for name, part in row["parts"].items()}
-    for name in ("neck", "memory feed-forward", "memory encoder"):
+    for name in ("neck", "memory feed-forward"):
         assert backward[name] == pytest.approx(2 * forward[name], rel=0.01)  # products: two gradients each
+    # The memory of the last frame is encoded, but nothing reads it.
+    assert backward["memory encoder"] == pytest.approx(2 * 7 / 8 * forward["memory encoder"], rel=0.01)
 
 
 def test_the_optimizations_save_arithmetic(counts):
-    assert flops(counts("none", "base_plus", "video")) <= 0.84 * OFFICIAL_FLOPS
+    assert flops(counts("none", "base_plus", "video")) <= 0.82 * OFFICIAL_FLOPS
 
 
 @pytest.mark.parametrize(
