@@ -22,7 +22,7 @@ POLICIES = {
     ("none", "decoder+trunk+memory"): "+ trunk, memory",
 }
 COLORS = ("0.6", "tab:blue", "tab:cyan", "tab:green")
-ABLATION_SHAPE = "T-mask@512"
+ABLATION_SHAPE = "T-mask@256"
 
 
 def main() -> int:
@@ -33,14 +33,14 @@ def main() -> int:
         for row in _rows(FOLDER / "results/step_counts.csv")
     }
     _bars(flops, counts, "video", lambda row: (int(row["forward_flops"]) + int(row["backward_flops"])) / 1e12)
-    flops.set_title("Arithmetic of a video step, 1024 px (computed)")
+    flops.set_title("Arithmetic of a video step, 1024 px (computed)", fontsize=9)
     flops.set_ylabel("TFLOP")
     for axes, batch, title in (
         (video, "video", "8 frames, 3 objects"),
-        (image, "image", "image, 64 masks, 8 clicks"),
+        (image, "image", "image, 64 masks"),
     ):
         _bars(axes, counts, batch, lambda row: (int(row["peak_bytes"]) + int(row["state_bytes"])) / 1e9)
-        axes.set_title(f"Peak memory, {title}, 1024 px, bfloat16 (computed)")
+        axes.set_title(f"Peak memory, {title}, 1024 px, bfloat16 (computed)", fontsize=9)
         axes.set_ylabel("GB")
     _ablation(ablation, _rows(FOLDER / "results/step_time.csv"))
     flops.legend(fontsize=8)
