@@ -68,7 +68,6 @@ def step(model: SAM2, kind: str, objects: int = 2) -> dict[str, Tensor]:
     [
         ("aot_eager", "none"),  # traced and split into forward and backward pass; no code is generated
         ("aot_eager", "decoder+trunk+memory"),
-        pytest.param("inductor", "decoder", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_step_is_the_same(backend, recompute):
@@ -78,6 +77,14 @@ def test_a_compiled_step_is_the_same(backend, recompute):
     assert found.keys() == want.keys()
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4 * max(1.0, value.abs().max().item()))
+
+
+def test_generated_code_computes_the_same():
+    encoder = build(None).memory_encoder
+    features, mask = torch.randn(2, 256, 4, 4), torch.rand(2, 1, SIZE, SIZE)
+    want = encoder(features, mask)
+    encoder.compile()  # with inductor, as compile_regions does
+    torch.testing.assert_close(encoder(features, mask), want, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_compiled_after_the_first_pass_over_the_kinds_of_batches():
