@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..performance import PerformanceConfig
 from .architecture import Architecture
-from .layers import Conv2d, without_autocast
+from .layers import Conv2d, fold_projections
 from .trunk import HieraTrunk
 
 Projection = tuple[Tensor, Tensor]
@@ -48,10 +48,8 @@ class FpnNeck(nn.Module):
 
 def _project(x: Tensor, first: Projection, second: Projection) -> Tensor:
     """Two 1 x 1 convolutions of x [B, C, h, w] as one matrix product: W2 (W1 x + b1) + b2 = (W2 W1) x + W2 b1 + b2."""
-    (weight1, bias1), (weight2, bias2) = ((weight.flatten(1), bias) for weight, bias in (first, second))
-    with without_autocast(x):  # in the precision of the weights: autocast then rounds their product alone
-        weight, bias = weight2 @ weight1, weight2 @ bias1 + bias2
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    weight, bias = fold_projections(*((weight.flatten(1), bias) for weight, bias in (first, second)))
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias + second[1]).permute(0, 3, 1, 2)
 
 
 class ImageEncoder(nn.Module):

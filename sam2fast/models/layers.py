@@ -24,6 +24,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def fold_projections(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight W2 W1 [out, in] and bias W2 b1 [out] of two linear maps in succession; the bias of the second is left out.
+
+    In the precision of the weights: autocast then rounds their product alone.
+    """
+    (weight1, bias1), (weight2, _) = first, second
+    with without_autocast(weight1):
+        return weight2 @ weight1, weight2 @ bias1
+
+
 def lend(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer as views, which outlive gathered parameters."""
     return layer.weight.view_as(layer.weight), layer.bias.view_as(layer.bias)

@@ -10,7 +10,7 @@ from sam2fast_kernels.dropout import dropout_add, relu_dropout
 from sam2fast_kernels.memory_attention import memory_attention
 
 from ..performance import PerformanceConfig, RecomputePolicy
-from .layers import Attention, Linear, without_autocast
+from .layers import Attention, Linear, fold_projections
 from .position import TableCache, apply_rotary, rotary_tables, sine_encoding_2d
 from .recompute import recomputed
 
@@ -64,10 +64,9 @@ class RoPEAttention(Attention):
     def _project_sums(self, x: Tensor, row_sum: Tensor) -> Tensor:
         """Value and output projection of sums of memories [N, hw, kv_dim] as one matrix product:
         Wo (Wv x + s bv) + bo = (Wo Wv) x + s Wo bv + bo, s being the sum of the weights [N, hw]."""
-        (value_weight, value_bias), (weight, bias) = self.v_proj(), self.out_proj()
-        with without_autocast(x):  # in the precision of the weights: autocast then rounds their product alone
-            value_weight, value_bias = weight @ value_weight, weight @ value_bias
-        out = F.linear(x, value_weight, bias)
+        out_proj = self.out_proj()
+        weight, value_bias = fold_projections(self.v_proj(), out_proj)
+        out = F.linear(x, weight, out_proj[1])
         return torch.addcmul(out, row_sum.to(out.dtype).unsqueeze(-1), value_bias.to(out.dtype))
 
     def _weighted_sums(
