@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 
 from ..config import AugmentConfig, MixItem, OcclusionConfig
 from . import augment as augmentation
 from .masks import FrameMasks
+from .render import SamplePlan, render
 from .sample import DataError, Dataset, Sample, VideoRecord
 
 _MAX_DRAWS = 30
@@ -62,9 +62,9 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         rng = self._generator(_CONTENT, number)
         index = int(self._permutation(epoch)[place])
         for _ in range(_MAX_DRAWS):
-            sample = build_sample(self._dataset[index], self._item, self._augment, self._image_size, rng)
-            if sample is not None:
-                return sample
+            plan = plan_sample(self._dataset[index], self._item, self._augment, self._image_size, rng)
+            if plan is not None:
+                return render(plan)
             index = int(rng.integers(len(self)))
         raise DataError(
             f"dataset {self._item.dataset!r}: {_MAX_DRAWS} draws, the last {self._dataset[index].name!r}, found no "
@@ -83,10 +83,10 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=(stream, number))))
 
 
-def build_sample(
+def plan_sample(
     record: VideoRecord, item: MixItem, augment: AugmentConfig, image_size: int, rng: np.random.Generator
-) -> Sample | None:
-    """Draw a clip from a record, decode and augment it.
+) -> SamplePlan | None:
+    """Draw a clip from a record and how it is augmented.
 
     Objects that augmentation moves out of the first frame are dropped; if that leaves none, the clip keeps its plain
     geometry.
@@ -95,7 +95,7 @@ def build_sample(
         image_size: side S of the square that frames and masks are brought to.
 
     Returns:
-        The sample; None where no object is visible at any start (`sample_window`) or at this size.
+        The plan; None where no object is visible at any start (`sample_window`) or at this size.
 
     Raises:
         DataError: the record is too short for the clip, or a file of it is damaged.
@@ -111,15 +111,9 @@ def build_sample(
         first = {object_id: geometry.mask(window.first_masks[object_id]) for object_id in window.object_ids}
         first = {object_id: mask for object_id, mask in first.items() if mask.any()}
         if first:
-            break
-    else:
-        return None
-    return Sample(
-        frames=_frames(record, window, geometry, colors, sigma),
-        masks=_masks(record, window, geometry, first),
-        object_ids=list(first),
-        sample_id=f"{item.dataset}/{record.name}@{','.join(map(str, window.frames))}",
-    )
+            sample_id = f"{item.dataset}/{record.name}@{','.join(map(str, window.frames))}"
+            return SamplePlan(record, window.frames, window.hidden, geometry, colors, sigma, first, sample_id)
+    return None
 
 
 def sample_window(record: VideoRecord, item: MixItem, rng: np.random.Generator) -> Window | None:
@@ -152,38 +146,6 @@ def sample_window(record: VideoRecord, item: MixItem, rng: np.random.Generator) 
     if window is None and (backward or offsets != plain):
         window = _place(record, plain, [False] * item.frames, item, rng)
     return window
-
-
-def _frames(
-    record: VideoRecord, window: Window, geometry: augmentation.Geometry, colors: np.ndarray, sigma: float
-) -> torch.Tensor:
-    """uint8 [T, 3, S, S]; hidden frames are of one color and not decoded."""
-    side = geometry.side
-    out = np.empty((len(window.frames), 3, side, side), np.uint8)
-    shown = [position for position, hidden in enumerate(window.hidden) if not hidden]
-    for position, image in zip(shown, record.frames([window.frames[position] for position in shown]), strict=True):
-        # colors before geometry, which may add pixels of the neutral fill color
-        image = geometry.image(augmentation.adjust_colors(image, *colors[position]))
-        cv2.split(augmentation.blur(image, sigma), list(out[position]))
-    for position in set(range(len(out))).difference(shown):
-        out[position] = np.array(augmentation.FILL, np.uint8)[:, None, None]
-    return torch.from_numpy(out)
-
-
-def _masks(
-    record: VideoRecord, window: Window, geometry: augmentation.Geometry, first: dict[int, np.ndarray]
-) -> torch.Tensor:
-    """bool [T, O, S, S]; objects are absent from hidden frames."""
-    out = np.zeros((len(window.frames), len(first), geometry.side, geometry.side), bool)
-    out[0] = list(first.values())
-    for position, frame in enumerate(window.frames[1:], start=1):
-        if window.hidden[position]:
-            continue
-        masks = record.masks(frame)
-        for row, object_id in enumerate(first):
-            if object_id in masks:
-                out[position, row] = geometry.mask(masks[object_id])
-    return torch.from_numpy(out)
 
 
 def _occlude(

@@ -10,8 +10,9 @@ from sam2fast.config import AugmentConfig, DatasetConfig, MixItem, OcclusionConf
 from sam2fast.data.augment import FILL
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.masks import label_masks
+from sam2fast.data.render import render
 from sam2fast.data.sample import DataError
-from sam2fast.data.sampling import ClipDataset, build_sample, sample_window
+from sam2fast.data.sampling import ClipDataset, plan_sample, sample_window
 
 OFF = AugmentConfig(flip=0, scale=(1, 1), brightness=0, contrast=0, saturation=0, blur=0)
 SIZE = (32, 32)
@@ -94,7 +95,7 @@ def test_blank_occlusion():
     hidden = {tuple(np.flatnonzero(window.hidden)) for window in windows(Record([{1}] * 9), 200, **options)}
     assert hidden == {tuple(range(a, a + n)) for n in (1, 2, 3) for a in range(1, 6 - n)}
     item = MixItem(dataset="data", **options)
-    sample = build_sample(Record([{1}] * 9), item, OFF, 64, np.random.default_rng(0))
+    sample = render(plan_sample(Record([{1}] * 9), item, OFF, 64, np.random.default_rng(0)))
     blank = (sample.frames == torch.tensor(FILL)[None, :, None, None]).flatten(1).all(1)
     assert blank.any() and not blank[0] and not blank[-1]
     assert (sample.masks.flatten(1).any(1) != blank).all()
@@ -115,7 +116,7 @@ def test_cut_occlusion():
 
 def test_samples_are_square_and_absent_objects_empty():
     record = Record([{1, 2}, {1}, {2}])
-    sample = build_sample(record, MixItem(dataset="data", frames=3), OFF, 64, np.random.default_rng(0))
+    sample = render(plan_sample(record, MixItem(dataset="data", frames=3), OFF, 64, np.random.default_rng(0)))
     assert sample.frames.shape == (3, 3, 64, 64) and sample.frames.dtype == torch.uint8
     assert sample.masks.shape == (3, 2, 64, 64) and sample.masks.dtype == torch.bool
     assert sample.object_ids == [1, 2] and sample.sample_id == "data/clip@0,4,8"
@@ -127,7 +128,7 @@ def test_augmentation_never_leaves_the_first_frame_without_an_object():
     item = MixItem(dataset="data", frames=2)
     for seed in range(40):  # both objects are thin and near the top: crops of a quarter often lose one or both
         record = Record([{1, 2}] * 2, height=2)
-        sample = build_sample(record, item, AugmentConfig(scale=(4, 4)), 64, np.random.default_rng(seed))
+        sample = render(plan_sample(record, item, AugmentConfig(scale=(4, 4)), 64, np.random.default_rng(seed)))
         assert sample.masks.shape[1] == len(sample.object_ids) > 0 and sample.masks[0].flatten(1).any(1).all()
 
 
