@@ -27,7 +27,8 @@ class PerformanceConfig(Section):
     skip_dropped_paths: bool = True
     """Stochastic depth leaves out the samples of a block that it drops, instead of multiplying them by zero."""
     lean_projections: bool = True
-    """Linear layers of the trunk: the output of a GELU is computed again, q, k and v have no gradient in common."""
+    """Linear layers of trunk and memory attention: what a LayerNorm or GELU hands to them is computed again in the
+    backward pass, and the gradients of q, k and v are not joined."""
     folded_projections: bool = True
     """Projections that follow on each other are one matrix product: those of strides 4 and 8 in neck and decoder, and
     with `absorbed_values` those of values and output in memory attention."""

@@ -6,8 +6,12 @@ README.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import library
 from ..dropout.hash import draw_seed, threshold
@@ -23,6 +27,7 @@ def memory_attention(
     num_unrotated: int = 0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    key_projection: tuple[Tensor, Tensor] | None = None,
     backend: library.Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """out = dropout(softmax(q k^T / sqrt(D))) v, and the row sums of the dropped weights.
@@ -40,6 +45,8 @@ def memory_attention(
         dropout: probability that a weight is dropped; the others are divided by 1 - dropout.
         seed: int64 scalar on the device of q, which determines what is dropped, the same in every back end; None draws
             one from torch's global generator.
+        key_projection: weight [D, E] and bias [D] in the dtype of q; k is then [N, M, E] before this linear map. The
+            projected keys are not kept for the backward pass but computed again.
         backend: `auto` takes `cpp` for CPU and `triton` for CUDA tensors where they are installed.
 
     Returns:
@@ -48,7 +55,9 @@ def memory_attention(
     Raises:
         ValueError: a shape, dtype or option that cannot be.
     """
-    _check(q, k, v, rotary, num_unrotated)
+    if key_projection is not None and torch.compiler.is_compiling():  # the compiler decides itself what to keep
+        k, key_projection = F.linear(k, *key_projection), None
+    _check(q, k, v, rotary, num_unrotated, key_projection)
     threshold(dropout)
     if rotary is None:
         rotary = (q.new_empty(0, q.shape[-1] // 2, dtype=torch.float32),) * 2
@@ -56,15 +65,52 @@ def memory_attention(
         # Without dropout nothing reads it, and the generator stays as it was.
         seed = draw_seed(q.device) if dropout else torch.zeros((), dtype=torch.int64, device=q.device)
     run = attention.choose(backend, q)
-    out, row_sum, _ = run(q, k, v, *rotary, num_unrotated, float(dropout), seed)
+    options = *rotary, num_unrotated, float(dropout), seed
+    if key_projection is not None:
+        return _WithProjection.apply(run, q, k, *key_projection, v, *options)
+    out, row_sum, _ = run(q, k, v, *options)
     return out, row_sum
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor] | None, num_unrotated: int) -> None:
+class _WithProjection(torch.autograd.Function):
+    """Attention to keys that are projected here, and once more in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Any, q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, v: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        cos, sin, *ctx.settings, seed = options
+        ctx.run = attention_backward.overloads[run._overloadname]
+        outputs = run(q, F.linear(k, weight, bias), v, *options)
+        ctx.save_for_backward(*outputs, q, k, weight, bias, v, cos, sin, seed)
+        return outputs[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *outputs, q, k, weight, bias, v, cos, sin, seed = ctx.saved_tensors
+        projected = F.linear(k, weight, bias)
+        grad_q, grad_projected, grad_v = ctx.run(*grads, *outputs, q, projected, v, cos, sin, *ctx.settings, seed)
+        rows, needed = grad_projected.flatten(0, 1), ctx.needs_input_grad
+        grad_k = grad_projected @ weight if needed[2] else None
+        grad_weight = rows.t() @ k.flatten(0, 1) if needed[3] else None
+        grad_bias = rows.sum(dim=0) if needed[4] else None
+        return None, grad_q, grad_k, grad_weight, grad_bias, grad_v, None, None, None, None, None
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    num_unrotated: int,
+    key_projection: tuple[Tensor, Tensor] | None,
+) -> None:
     if not (q.dim() == k.dim() == v.dim() == 3 and q.is_floating_point() and q.dtype == k.dtype == v.dtype):
         shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (q, k, v))
         raise ValueError(f"q, k and v must be floating point [N, L, D], [N, M, D] and [N, M, Dv], not {shapes}")
-    if not (len(q) == len(k) == len(v) and q.shape[2] == k.shape[2] and k.shape[1] == v.shape[1] >= 1):
+    width = q.shape[2] if key_projection is None else k.shape[2]
+    if not (len(q) == len(k) == len(v) and width == k.shape[2] and k.shape[1] == v.shape[1] >= 1):
         raise ValueError(
             "q [N, L, D], k [N, M, D] and v [N, M, Dv] must agree in N, D and M >= 1, not "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
@@ -73,6 +119,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor] | None
         raise ValueError(f"num_unrotated must be between 0 and the {k.shape[1]} keys, not {num_unrotated}")
     if q.shape[2] % 2 or q.shape[2] == 0:
         raise ValueError(f"queries and keys must have an even, positive width, not {q.shape[2]}")
+    for part, shape in zip(key_projection or (), ((q.shape[2], k.shape[2]), (q.shape[2],)), strict=False):
+        if part.shape != shape or part.dtype != q.dtype:
+            raise ValueError(
+                f"key_projection must be {q.dtype} weight {[q.shape[2], k.shape[2]]} and bias [{q.shape[2]}], not "
+                + " and ".join(f"{part.dtype} {list(part.shape)}" for part in key_projection)
+            )
     if rotary is None:
         return
     for table in rotary:

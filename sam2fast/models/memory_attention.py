@@ -10,8 +10,9 @@ from sam2fast_kernels.dropout import dropout_add, relu_dropout
 from sam2fast_kernels.memory_attention import memory_attention
 
 from ..performance import PerformanceConfig, RecomputePolicy
-from .layers import Attention, Linear, fold_projections
+from .layers import Attention, LayerNorm, Linear, compute_dtype, fold_projections
 from .position import TableCache, apply_rotary, rotary_tables, sine_encoding_2d
+from .projections import normed_linear
 from .recompute import recomputed
 
 KEEP_ALL = RecomputePolicy()
@@ -42,24 +43,48 @@ class RoPEAttention(Attention):
 
     def forward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        x: Tensor,
+        norm: LayerNorm | None,
         tables: tuple[Tensor, Tensor],
+        memory: tuple[Tensor, Tensor] | None = None,
         num_unrotated: int = 0,
         index: Tensor | None = None,
     ) -> Tensor:
-        """q [N, hw, dim] on the grid of `tables`; k, v [N, r hw + num_unrotated, kv_dim]: r such grids, then tokens
-        without a place in the image, whose keys are not rotated. With `index` (int64), rows of the result are those of
-        the projected q, k and v at these places, each with dropout of its own."""
-        q, k = self.q_proj(q), self.k_proj(k)
-        v = v.to(q.dtype) if self.absorbs else self.v_proj(v)
+        """Attention of x [N, hw, dim], on the grid of `tables`, to itself or to a memory.
+
+        Args:
+            norm: of x, if it is to be normalized.
+            memory: keys and values [N, r hw + num_unrotated, kv_dim]: r such grids, then tokens without a place in the
+                image, whose keys are not rotated.
+            index: int64; rows of the result are those of the projected q, k and v at these places, each with dropout of
+                its own.
+        """
+        q, k, v, key_projection = self._project(x, norm, memory)
         if index is not None:
             q, k, v = (_take(x, index) for x in (q, k, v))
-        out, row_sum = self._weighted_sums(q, k, v, tables, num_unrotated)
+        out, row_sum = self._weighted_sums(q, k, v, key_projection, tables, num_unrotated)
         if self.folds:
             return self._project_sums(out, row_sum)
         return self.out_proj(self.v_proj(out, row_sum) if self.absorbs else out)
+
+    def _project(
+        self, x: Tensor, norm: LayerNorm | None, memory: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Queries, keys and values, and what is left to project the keys with."""
+        if memory is not None:
+            keys, values = memory
+            q = project_normalized(x, norm, self.q_proj, self.performance)
+            v = values.to(q.dtype) if self.absorbs else self.v_proj(values)
+            if self.performance.lean_projections and self.performance.fused_memory_attention:
+                weight, bias = self.k_proj()
+                return q, keys.to(q.dtype), v, (weight.to(q.dtype), bias.to(q.dtype))
+            return q, self.k_proj(keys), v, None
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if not self.performance.lean_projections:
+            x = norm(x) if norm is not None else x
+            return *(projection(x) for projection in projections), None
+        weights, biases = (torch.cat(lent) for lent in zip(*(layer() for layer in projections), strict=True))
+        return *normed_linear(x, norm, weights, biases, parts=3), None
 
     def _project_sums(self, x: Tensor, row_sum: Tensor) -> Tensor:
         """Value and output projection of sums of memories [N, hw, kv_dim] as one matrix product:
@@ -70,13 +95,20 @@ class RoPEAttention(Attention):
         return torch.addcmul(out, row_sum.to(out.dtype).unsqueeze(-1), value_bias.to(out.dtype))
 
     def _weighted_sums(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], num_unrotated: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_projection: tuple[Tensor, Tensor] | None,
+        tables: tuple[Tensor, Tensor],
+        num_unrotated: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Sums of the values [N, hw, D] by dropped attention weights, and (where values are absorbed) those of the
         weights [N, hw]."""
         dropout = self.dropout if self.training else 0.0
         if self.performance.fused_memory_attention:
-            return memory_attention(q, k, v, rotary=tables, num_unrotated=num_unrotated, dropout=dropout)
+            options = {"num_unrotated": num_unrotated, "dropout": dropout, "key_projection": key_projection}
+            return memory_attention(q, k, v, rotary=tables, **options)
         q = apply_rotary(q, *tables)
         if num_unrotated:
             placed, rest = k.split([k.shape[1] - num_unrotated, num_unrotated], dim=1)
@@ -88,6 +120,13 @@ class RoPEAttention(Attention):
         out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dropout_p=dropout)
         out = out.squeeze(1)
         return (out[..., :-1], out[..., -1]) if self.absorbs else (out, None)
+
+
+def project_normalized(x: Tensor, norm: LayerNorm | None, linear: Linear, performance: PerformanceConfig) -> Tensor:
+    """`linear` of x, normalized if `norm` is given."""
+    if performance.lean_projections:
+        return normed_linear(x, norm, *linear())[0]
+    return linear(norm(x) if norm is not None else x)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -102,15 +141,15 @@ class MemoryAttentionLayer(nn.Module):
         self, dim: int, memory_dim: int, hidden_dim: int, dropout: float, performance: PerformanceConfig
     ) -> None:
         super().__init__()
-        self.fused_dropout = performance.fused_dropout
+        self.performance = performance
         self.self_attn = RoPEAttention(dim, dropout=dropout, performance=performance)
         self.cross_attn_image = RoPEAttention(dim, kv_dim=memory_dim, dropout=dropout, performance=performance)
-        self.linear1 = nn.Linear(dim, hidden_dim)
+        self.linear1 = Linear(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(hidden_dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
@@ -126,25 +165,26 @@ class MemoryAttentionLayer(nn.Module):
     ) -> Tensor:
         """x [N, hw, dim]; with `index` (int64 [N]) x [B, hw, dim], what image each of N objects starts from."""
         x = self._attend_to_itself(x, tables, index)
-        x = self._add(x, self.cross_attn_image(self.norm2(x), keys, values, tables, num_unrotated), self.dropout2)
-        return self._add(x, self.linear2(self._rectify(self.linear1(self.norm3(x)))), self.dropout3)
+        update = self.cross_attn_image(x, self.norm2, tables, (keys, values), num_unrotated)
+        x = self._add(x, update, self.dropout2)
+        hidden = self._rectify(project_normalized(x, self.norm3, self.linear1, self.performance))
+        return self._add(x, self.linear2(hidden), self.dropout3)
 
     def _attend_to_itself(self, x: Tensor, tables: tuple[Tensor, Tensor], index: Tensor | None) -> Tensor:
-        normed = self.norm1(x)
         # Without dropout objects of an image differ in nothing so far.
         differs = self.training and self.self_attn.dropout > 0
-        out = self.self_attn(normed, normed, normed, tables, index=index if differs else None)
+        out = self.self_attn(x, self.norm1, tables, index=index if differs else None)
         if index is None:
             return self._add(x, out, self.dropout1)
         return self._add(_take(x, index), out if differs else _take(out, index), self.dropout1)
 
     def _add(self, x: Tensor, update: Tensor, dropout: nn.Dropout) -> Tensor:
-        if self.fused_dropout and self.training and dropout.p > 0:
+        if self.performance.fused_dropout and self.training and dropout.p > 0:
             return dropout_add(x, update, dropout.p)
         return x + dropout(update)
 
     def _rectify(self, x: Tensor) -> Tensor:
-        if self.fused_dropout and self.training and self.dropout.p > 0:
+        if self.performance.fused_dropout and self.training and self.dropout.p > 0:
             return relu_dropout(x, self.dropout.p)
         return self.dropout(F.relu(x))
 
@@ -221,8 +261,10 @@ class MemoryAttention(nn.Module):
         x = x + position.to(x.dtype)
         if index is not None and not self.shares:
             x, index = x[index], None
-        keys = memory + memory_position
+        # Cast here once, not by autocast in every layer.
+        dtype = compute_dtype(memory)
+        keys, values = (memory + memory_position).to(dtype), memory.to(dtype)
         for layer in self.layers:
             run = recomputed(layer, recompute.selective) if recompute.memory else layer
-            x, index = run(x, keys, memory, (cos, sin), num_pointer_tokens, index), None
+            x, index = run(x, keys, values, (cos, sin), num_pointer_tokens, index), None
         return self.norm(x).transpose(1, 2).unflatten(-1, (height, width))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..performance import PerformanceConfig
 from .layers import LayerNorm2d
-from .projections import GeluLinear
+from .projections import GeluLinear, NormedLinear
 
 
 class MaskDownSampler(nn.Module):
@@ -44,15 +44,16 @@ class CXBlock(nn.Module):
         self.fused = fused
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = LayerNorm2d(dim)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv1 = (NormedLinear if fused else nn.Linear)(dim, 4 * dim)
         self.pwconv2 = (GeluLinear if fused else nn.Linear)(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
         if self.fused:
-            update = self.pwconv2(self.pwconv1(out))
+            (hidden,) = self.pwconv1(self.dwconv(x).permute(0, 2, 3, 1), self.norm)
+            update = self.pwconv2(hidden)
             return torch.addcmul(x.permute(0, 2, 3, 1), self.gamma, update).permute(0, 3, 1, 2)
+        out = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
         out = self.gamma * self.pwconv2(F.gelu(self.pwconv1(out)))
         return x + out.permute(0, 3, 1, 2)
 

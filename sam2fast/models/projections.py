@@ -1,7 +1,7 @@
-"""Linear layers of the trunk that keep less for the backward pass and move less in it.
+"""Linear layers that keep less for the backward pass and move less in it.
 
-Both compute what an `nn.Linear` and its neighbor compute. Each owns the parameters that it reads, so that an engine may
-gather them around its call.
+All compute what an `nn.Linear` and its neighbors compute. What is read of other modules is handed over (`layers.lend`),
+so that an engine may gather the parameters of each module around its call.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .layers import compute_dtype
+from .layers import LayerNorm, LayerNorm2d, compute_dtype, without_autocast
 
 CHUNK_BYTES = 4 * 2**20
 """Of activations that a CPU keeps in its cache between two operations."""
 
 
-class SplitLinear(nn.Linear):
-    """A linear layer whose output is wanted in three equal parts.
+class NormedLinear(nn.Linear):
+    """A linear layer that normalizes its input itself, and keeps the input as it was before; see `normed_linear`."""
 
-    Its backward pass takes the gradients of the parts as they come, where `unbind` would first copy them into one.
-    """
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., in] to three [..., out / 3]."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
-        return _Split.apply(*_as_autocast(x, self.weight, self.bias))
+    def forward(
+        self, x: Tensor, norm: LayerNorm | LayerNorm2d | None, parts: int = 1, padding: int = 0
+    ) -> tuple[Tensor, ...]:
+        """[..., in] to `parts` of [..., out / parts], normalized by the parameters of `norm` if it is given."""
+        return normed_linear(x, norm, self.weight, self.bias, parts, padding)
 
 
 class GeluLinear(nn.Linear):
@@ -49,36 +46,131 @@ def adopt(kind: type[nn.Linear], linear: nn.Linear) -> nn.Linear:
     return layer
 
 
+def adopt_norm(norm: nn.LayerNorm) -> LayerNorm:
+    """A LayerNorm that lends the parameters of `norm`."""
+    layer = LayerNorm(norm.normalized_shape, norm.eps, device="meta")
+    layer.weight, layer.bias = norm.weight, norm.bias
+    return layer
+
+
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the precision of autocast where it is on, as it does for the operands of `F.linear`."""
     dtype = compute_dtype(tensors[0])
     return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
 
 
-class _Split(torch.autograd.Function):
+def normed_linear(
+    x: Tensor,
+    norm: LayerNorm | LayerNorm2d | None,
+    weight: Tensor,
+    bias: Tensor,
+    parts: int = 1,
+    padding: int = 0,
+) -> tuple[Tensor, ...]:
+    """LayerNorm, then zero tokens, then a linear map whose output is wanted in equal parts.
+
+    Kept for the backward pass is x alone, in its own dtype; the normalized tokens are computed again. The gradients of
+    the parts are taken as they come, where `chunk` would first copy them into one.
+
+    Args:
+        x: [M, L, in].
+        norm: lends its parameters; None for no normalization.
+        weight: [out, in].
+        bias: [out].
+        padding: zero tokens put after the L normalized ones.
+
+    Returns:
+        `parts` tensors [M, L + padding, out / parts], in the precision of autocast where it is on.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        y = F.layer_norm(x, norm.weight.shape, *norm(), norm.eps) if norm is not None else x
+        return F.linear(_pad(y, padding), weight, bias).chunk(parts, dim=-1)
+    dtype = x.dtype if x.dtype == torch.float64 else compute_dtype(x)
+    (scale, shift), eps = (norm(), norm.eps) if norm is not None else ((None, None), 0.0)
+    return _NormedLinear.apply(x, scale, shift, weight, bias, eps, parts, padding, dtype)
+
+
+def _pad(x: Tensor, padding: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, padding)) if padding else x
+
+
+class _NormedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias).chunk(3, dim=-1)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        parts: int,
+        padding: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, scale, shift, weight, bias)
+        ctx.eps, ctx.padding, ctx.dtype = eps, padding, dtype
+        with without_autocast(x):
+            y = x if scale is None else _norm(_widened(x, scale, shift), eps)[0]
+            return F.linear(_pad(y.to(dtype), padding), weight.to(dtype), bias.to(dtype)).chunk(parts, dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        parts = [grad.flatten(0, -2) for grad in grads]
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            rows = weight.chunk(3)
-            grad_x = parts[0] @ rows[0]
-            grad_x.addmm_(parts[1], rows[1]).addmm_(parts[2], rows[2])
-            grad_x = grad_x.view_as(x)
-        if ctx.needs_input_grad[1]:
-            grad_weight, flat = torch.empty_like(weight), x.flatten(0, -2)
-            for part, rows in zip(parts, grad_weight.chunk(3), strict=True):
-                torch.mm(part.t(), flat, out=rows)
-        if ctx.needs_input_grad[2]:
-            grad_bias = torch.cat([part.sum(dim=0) for part in parts])
-        return grad_x, grad_weight, grad_bias
+        x, scale, shift, weight, bias = saved = ctx.saved_tensors
+        with without_autocast(x):
+            wide = (x,) if scale is None else _widened(x, scale, shift)
+            normed, *statistics = wide if scale is None else _norm(wide, ctx.eps)
+            y = _pad(normed.to(ctx.dtype), ctx.padding)
+            parts, rows = [grad.flatten(0, -2) for grad in grads], weight.to(ctx.dtype).chunk(len(grads))
+            found: list[Tensor | None] = [None] * 5
+            if any(ctx.needs_input_grad[:3]):
+                grad = _sum_of_products(parts, rows).view_as(y)[:, : x.shape[1]]
+                found[0] = grad
+                if scale is not None:
+                    found[:3] = _norm_backward(grad, wide, statistics, ctx.needs_input_grad[:3])
+            if ctx.needs_input_grad[3]:
+                found[3] = _stacked_products(parts, y.flatten(0, -2))
+            if ctx.needs_input_grad[4]:
+                found[4] = torch.cat([part.sum(dim=0) for part in parts])
+        inputs = zip(found, saved, strict=True)
+        return *(None if grad is None else grad.to(of.dtype) for grad, of in inputs), None, None, None, None
+
+
+def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tokens and parameters of a LayerNorm in the wider of their precisions."""
+    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _norm(wide: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalized tokens, mean and reciprocal deviation, of tokens, weight and bias."""
+    x, scale, shift = wide
+    return torch.native_layer_norm(x, scale.shape, scale, shift, eps)
+
+
+def _norm_backward(
+    grad: Tensor, wide: tuple[Tensor, ...], statistics: list[Tensor], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    x, scale, shift = wide
+    return torch.ops.aten.native_layer_norm_backward(
+        grad.to(x.dtype), x, list(scale.shape), *statistics, scale, shift, list(needed)
+    )
+
+
+def _sum_of_products(parts: list[Tensor], rows: tuple[Tensor, ...]) -> Tensor:
+    out = parts[0] @ rows[0]
+    for part, row in zip(parts[1:], rows[1:], strict=True):
+        out.addmm_(part, row)
+    return out
+
+
+def _stacked_products(parts: list[Tensor], y: Tensor) -> Tensor:
+    """The products part^T y below each other."""
+    out = y.new_empty(sum(part.shape[1] for part in parts), y.shape[1])
+    for part, rows in zip(parts, out.chunk(len(parts)), strict=True):
+        torch.mm(part.t(), y, out=rows)
+    return out
 
 
 class _Gelu(torch.autograd.Function):

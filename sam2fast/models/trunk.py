@@ -10,9 +10,9 @@ from torch._subclasses import FakeTensor
 from .. import compat  # noqa: F401  must come before timm, which imports torchvision
 from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
-from .projections import GeluLinear, SplitLinear, adopt
+from .projections import GeluLinear, NormedLinear, adopt, adopt_norm
 from .recompute import recomputed
-from .windows import WindowGroup, WindowLayout, max_pool, pad_with_virtual_keys
+from .windows import VIRTUAL_KEYS, WindowGroup, WindowLayout, max_pool
 
 from timm.layers import DropPath  # isort: skip
 from timm.models.hieradet_sam2 import HieraDet, MultiScaleBlock  # isort: skip
@@ -123,54 +123,69 @@ class TrunkBlock(nn.Module):
         self.pools = block.q_stride is not None
         self.lean = performance.lean_projections
         if self.lean:
-            self.attn.qkv = adopt(SplitLinear, self.attn.qkv)
+            self.norm1, self.norm2 = adopt_norm(self.norm1), adopt_norm(self.norm2)
+            self.attn.qkv = adopt(NormedLinear, self.attn.qkv)
+            self.mlp.fc1 = adopt(NormedLinear, self.mlp.fc1)
             self.mlp.fc2 = adopt(GeluLinear, self.mlp.fc2)
-            self.mlp.act = nn.Identity()
+            if self.pools:
+                self.proj = adopt(NormedLinear, self.proj)
 
     def forward(self, x: Tensor, layout: WindowLayout, kept_attention: Kept = None, kept_mlp: Kept = None) -> Tensor:
         """Tokens [B, N, C] to [B, N, C], or [B, N / 4, 2 C] where a stage begins.
 
         Windowed attention on tokens in plain order pads its windows, as timm's does.
         """
-        if self.pools:
-            y = self.norm1(x)
-            x = _pool(self.proj(y), layout)
-            branch = self.attention(_take(y, kept_attention), layout)
-        else:
-            branch = self.attention(self.norm1(_take(x, kept_attention)), layout)
-        x = _add(x, self.ls1(branch), self.drop_path1, kept_attention)
-        branch = self.mlp(self.norm2(_take(x, kept_mlp)))
+        shortcut = _pool(self._project_shortcut(x), layout) if self.pools else x
+        branch = self.attention(_take(x, kept_attention), layout)
+        x = _add(shortcut, self.ls1(branch), self.drop_path1, kept_attention)
+        branch = self._feed_forward(_take(x, kept_mlp))
         return _add(x, self.ls2(branch), self.drop_path2, kept_mlp)
 
-    def attention(self, y: Tensor, layout: WindowLayout) -> Tensor:
-        """Attention inside the windows, or over all tokens, of normalized tokens."""
+    def attention(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        """Attention inside the windows, or over all tokens, of the normalized tokens."""
         if not self.window:
-            return self.attn.proj(self._attend(y, WindowGroup(1, 1, 1, y.shape[1], padding=0)))
+            return self._attend(x, WindowGroup(1, 1, 1, x.shape[1], padding=0))
         if self.window == layout.window:
-            return self.attn.proj(self._attend_windows(y, layout))
-        grid = layout.to_grid(y)
+            return self._attend_windows(x, layout)
+        grid = layout.to_grid(self.norm1(x))
         grid = F.pad(grid, (0, 0, 0, -layout.width % self.window, 0, -layout.height % self.window))
         padded = WindowLayout(*grid.shape[1:3], self.window)
-        out = self._attend_windows(padded.to_tokens(grid), padded)
+        out = self._attend_windows(padded.to_tokens(grid), padded, normalize=False)
         if self.pools:
             layout, padded = layout.pooled(), padded.pooled()
-        out = padded.to_grid(self.attn.proj(out))
-        return out[:, : layout.height, : layout.width].flatten(1, 2)
+        return padded.to_grid(out)[:, : layout.height, : layout.width].flatten(1, 2)
 
-    def _attend_windows(self, y: Tensor, layout: WindowLayout) -> Tensor:
-        outputs = [self._attend(windows, group) for windows, group in zip(layout.split(y), layout.groups, strict=True)]
+    def _attend_windows(self, x: Tensor, layout: WindowLayout, normalize: bool = True) -> Tensor:
+        parts = zip(layout.split(x), layout.groups, strict=True)
+        outputs = [self._attend(windows, group, normalize) for windows, group in parts]
         return (layout.pooled() if self.pools else layout).join(outputs)
 
-    def _attend(self, windows: Tensor, group: WindowGroup) -> Tensor:
-        """Attention inside windows [M, L, C], before the output projection."""
-        projected = self.attn.qkv(pad_with_virtual_keys(windows, group))
-        q, k, v = projected if self.lean else projected.chunk(3, dim=-1)
+    def _attend(self, windows: Tensor, group: WindowGroup, normalize: bool = True) -> Tensor:
+        """Attention inside windows [M, L, C]."""
+        q, k, v = self._project_windows(windows, VIRTUAL_KEYS if group.padding else 0, normalize)
         q = q[:, : group.tokens] if group.padding else q
-        q = max_pool(q, group) if self.pools else q
+        if self.pools:
+            # Copies of their own: as parts of one tensor, k and v would keep the queries before pooling.
+            q, k, v = max_pool(q, group), k.contiguous(), v.contiguous()
         heads = self.attn.num_heads, v.shape[-1] // self.attn.num_heads
         q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.score_bias(q))
-        return out.transpose(1, 2).flatten(2)
+        return self.attn.proj(out.transpose(1, 2).flatten(2))
+
+    def _project_windows(self, windows: Tensor, padding: int, normalize: bool) -> tuple[Tensor, ...]:
+        """Queries, keys and values of windows, and of zero tokens after them: those of padding."""
+        if self.lean:
+            return self.attn.qkv(windows, self.norm1 if normalize else None, parts=3, padding=padding)
+        windows = self.norm1(windows) if normalize else windows
+        return self.attn.qkv(F.pad(windows, (0, 0, 0, padding))).chunk(3, dim=-1)
+
+    def _project_shortcut(self, x: Tensor) -> Tensor:
+        return self.proj(x, self.norm1)[0] if self.lean else self.proj(self.norm1(x))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if not self.lean:
+            return self.mlp(self.norm2(x))
+        return self.mlp.fc2(self.mlp.fc1(x, self.norm2)[0])
 
 
 def _pool(tokens: Tensor, layout: WindowLayout) -> Tensor:

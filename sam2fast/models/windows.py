@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 VIRTUAL_KEYS = 2
 """Tokens that stand for the whole padding of a window."""
@@ -152,10 +153,39 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
 
 def max_pool(windows: Tensor, group: WindowGroup) -> Tensor:
     """Largest of each 2 x 2 tokens: windows [M, tokens, C] to [M, tokens / 4, C]."""
-    grid = windows.unflatten(1, (group.height, group.width)).permute(0, 3, 1, 2)
-    return F.max_pool2d(grid, kernel_size=2).flatten(2).transpose(1, 2)
+    grid = windows.unflatten(1, (group.height, group.width))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        pooled = F.max_pool2d(grid.permute(0, 3, 1, 2), kernel_size=2).permute(0, 2, 3, 1)
+    else:
+        pooled = _MaxPool.apply(grid)
+    return pooled.flatten(1, 2)
 
 
-def pad_with_virtual_keys(windows: Tensor, group: WindowGroup) -> Tensor:
-    """Windows [M, tokens, C] with two zero tokens, whose keys and values are those of padding."""
-    return F.pad(windows, (0, 0, 0, VIRTUAL_KEYS)) if group.padding else windows
+class _MaxPool(torch.autograd.Function):
+    """Of grids [M, H, W, C]. Keeps one byte per output for the backward pass, where `F.max_pool2d` keeps an index of
+    eight and its input; of equal tokens the first is taken, as there."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grid: Tensor) -> Tensor:
+        largest, *others = _corners(grid)
+        place = torch.zeros_like(largest, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        for number, corner in enumerate(others, start=1):
+            place.masked_fill_(corner > largest, number)
+            largest = torch.maximum(largest, corner)
+        ctx.save_for_backward(place)
+        return largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (place,) = ctx.saved_tensors
+        count, height, width, channels = grad.shape
+        grad_grid = grad.new_empty(count, 2 * height, 2 * width, channels)
+        for number, corner in enumerate(_corners(grad_grid)):
+            torch.mul(grad, place == number, out=corner)
+        return grad_grid
+
+
+def _corners(grid: Tensor) -> list[Tensor]:
+    """Views of a grid [M, H, W, C]: the four tokens [M, H / 2, W / 2, C] of each 2 x 2, row by row."""
+    return [grid[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]

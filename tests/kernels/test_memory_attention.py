@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam2fast_kernels import library
@@ -96,6 +97,34 @@ def test_row_sums_put_the_value_projection_after_the_attention():
     out, row_sum = memory_attention(q, k, memory, dropout=0.4, **options)
     torch.testing.assert_close(out @ weight.t() + row_sum.unsqueeze(-1) * bias, want)
     assert (row_sum - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("frozen", [(), ("k",), ("weight", "bias")], ids=lambda f: "+".join(f) or "none")
+def test_key_projection_is_a_linear_map_before_it(frozen):
+    (q, k, v), options, upstream = make_inputs(SHAPES[0])
+    parts = {"k": k, "weight": torch.randn(16, 16, dtype=torch.float64), "bias": torch.randn(16, dtype=torch.float64)}
+    for name, tensor in (parts | {"q": q, "v": v}).items():
+        tensor.requires_grad_(name not in frozen)
+    wrt = [tensor for tensor in (q, v, *parts.values()) if tensor.requires_grad]
+    kept = []
+
+    def run(k, **more):
+        outputs = memory_attention(q, k, v, dropout=0.4, **options, **more)
+        return [*outputs, *torch.autograd.grad(outputs, wrt, [grad.double() for grad in upstream])]
+
+    want = run(F.linear(*parts.values()))
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        got = run(k, key_projection=(parts["weight"], parts["bias"]))
+    torch.testing.assert_close(got, want)
+    assert {t.data_ptr() for t in kept if t.shape == k.shape} == {k.data_ptr()}
+
+
+def test_bad_key_projections():
+    (q, k, v), options, _ = make_inputs(SHAPES[0])
+    with pytest.raises(ValueError, match=r"float64 weight \[16, 3\] and bias \[16\], not .*\[16, 16\]"):
+        memory_attention(q, k[..., :3], v, key_projection=(k.new_ones(16, 16), k.new_ones(16)), **options)
+    with pytest.raises(ValueError, match="must be torch.float64 weight"):
+        memory_attention(q, k, v, key_projection=(torch.ones(16, 16), torch.ones(16)), **options)
 
 
 def test_gradients_are_those_of_differences():

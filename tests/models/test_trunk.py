@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from sam2fast.models.architecture import architecture
-from sam2fast.models.projections import GeluLinear, SplitLinear
+from sam2fast.models.layers import LayerNorm
+from sam2fast.models.projections import GeluLinear, NormedLinear
 from sam2fast.models.trunk import HieraTrunk
-from sam2fast.models.windows import WindowLayout
+from sam2fast.models.windows import WindowGroup, WindowLayout, max_pool
 from sam2fast.performance import PerformanceConfig, RecomputePolicy
 
 SWITCHES = ("unpadded_windows", "skip_dropped_paths", "lean_projections")
@@ -220,22 +222,84 @@ class TestProjections:
     @pytest.mark.parametrize(
         "frozen", [(), ("x",), ("weight",), ("weight", "bias")], ids=lambda f: "+".join(f) or "none"
     )
-    @pytest.mark.parametrize("kind", [SplitLinear, GeluLinear])
-    def test_equals_the_plain_layer(self, kind, frozen, rows, poison_empty):
-        layer = kind(1024, 6).double()
-        x = torch.randn(2, rows, 1024, dtype=torch.float64)
-        wrt = {"x": x, "weight": layer.weight, "bias": layer.bias}
-        for name, tensor in wrt.items():
-            tensor.requires_grad_(name not in frozen)
+    def test_gelu_linear_equals_the_plain_layers(self, frozen, rows, poison_empty):
+        layer = GeluLinear(1024, 6).double()
+        wrt = {"x": torch.randn(2, rows, 1024, dtype=torch.float64), "weight": layer.weight, "bias": layer.bias}
+        assert_same(
+            gradients(layer, wrt, frozen), gradients(lambda x: F.linear(F.gelu(x), *layer.parameters()), wrt, frozen)
+        )
 
-        def grads(run):
-            out = run(x)
-            out = torch.cat(out, dim=-1) if isinstance(out, tuple) else out
-            weight = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view_as(out)
-            return [out, *torch.autograd.grad((out * weight).sum(), [t for t in wrt.values() if t.requires_grad])]
+    @pytest.mark.parametrize("rows", [0, 1, 700])
+    @pytest.mark.parametrize("padding", [0, 2])
+    @pytest.mark.parametrize(
+        "frozen",
+        [(), ("x",), ("scale", "shift"), ("weight", "bias"), ("x", "scale", "shift")],
+        ids=lambda f: "+".join(f) or "none",
+    )
+    @pytest.mark.parametrize("normalized", [False, True])
+    def test_normed_linear_equals_the_plain_layers(self, normalized, frozen, padding, rows, poison_empty):
+        layer, norm = NormedLinear(16, 6).double(), LayerNorm(16, eps=1e-3).double()
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        wrt = {"x": torch.randn(2, rows, 16, dtype=torch.float64), "weight": layer.weight, "bias": layer.bias}
+        if normalized:
+            wrt |= {"scale": norm.weight, "shift": norm.bias}
 
         def plain(x):
-            x = torch.nn.functional.gelu(x) if kind is GeluLinear else x
-            return torch.nn.functional.linear(x, layer.weight, layer.bias)
+            x = F.layer_norm(x, (16,), *norm.parameters(), norm.eps) if normalized else x
+            return F.linear(F.pad(x, (0, 0, 0, padding)), *layer.parameters())
 
-        assert_same(grads(layer), grads(plain))
+        def run(x):
+            return torch.cat(layer(x, norm if normalized else None, parts=3, padding=padding), dim=-1)
+
+        assert_same(gradients(run, wrt, frozen), gradients(plain, wrt, frozen))
+
+    def test_normed_linear_under_autocast(self):
+        """As autocast runs the two layers, and only the tokens are kept, as they are."""
+        layer, norm = NormedLinear(256, 48), LayerNorm(256)
+        x = torch.randn(2, 50, 256, dtype=torch.bfloat16)
+        wrt = {"x": x, "weight": layer.weight, "scale": norm.weight}
+        kept = []
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            got = gradients(lambda x: torch.cat(layer(x, norm, parts=3), dim=-1), wrt)
+        with torch.autocast("cpu", torch.bfloat16):
+            want = gradients(lambda x: F.linear(norm(x), layer.weight, layer.bias), wrt)
+        assert_same(got, want, tolerance=1e-2)
+        assert {t.data_ptr() for t in kept if t.shape == x.shape} == {x.data_ptr()}
+
+
+def gradients(run, wrt, frozen=()):
+    """Output of `run`, float64 or bfloat16, then the gradients of a function of it that are not frozen."""
+    for name, tensor in wrt.items():
+        tensor.requires_grad_(name not in frozen)
+    out = run(wrt["x"])
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad((out * weight).sum(), [t for t in wrt.values() if t.requires_grad])]
+
+
+class TestMaxPool:
+    GROUP = WindowGroup(rows=1, columns=1, height=6, width=4, padding=0)
+
+    def pooled(self, x):
+        return F.max_pool2d(x.unflatten(1, (6, 4)).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).flatten(1, 2)
+
+    @pytest.mark.parametrize("values", ["distinct", "equal", "few", "infinite"])
+    def test_equals_torchs(self, values):
+        torch.manual_seed(0)
+        x = torch.randn(3, 24, 5, dtype=torch.float64)
+        x = {"distinct": x, "equal": 0 * x, "few": x.round(), "infinite": x.round() / 0}[values].nan_to_num(0, 9, -9)
+        x = torch.where(x < -8, -torch.inf, x).requires_grad_()
+        weight = torch.randn(3, 6, 5, dtype=torch.float64)
+        got, want = max_pool(x, self.GROUP), self.pooled(x)
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad((out * weight).sum(), x)[0] for out in (got, want)))
+
+    def test_nan_stays(self):
+        x = torch.zeros(1, 24, 1, requires_grad=True)
+        assert max_pool(torch.where(torch.arange(24).view(1, 24, 1) == 5, torch.nan, x), self.GROUP).isnan().sum() == 1
+
+    def test_keeps_a_byte_per_output(self):
+        kept = []
+        with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            max_pool(torch.randn(3, 24, 5, requires_grad=True), self.GROUP)
+        assert sum(t.untyped_storage().nbytes() for t in kept) == 3 * 6 * 5

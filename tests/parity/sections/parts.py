@@ -53,7 +53,7 @@ def _rope_attention(data: Entry, report: Report) -> None:
     attention = _fill(RoPEAttention(data["dim"], kv_dim=data["kv_in_dim"]), "ra.")
     side = int(data["x"].shape[1] ** 0.5)
     tables = rotary_tables(data["dim"], side, side)
-    out = attention(data["x"], data["mem"], data["mem"], tables, data["num_k_exclude_rope"])
+    out = attention(data["x"], None, tables, (data["mem"], data["mem"]), data["num_k_exclude_rope"])
     report.compare("out", out, data["out"], MODULE)
 
 
