@@ -43,7 +43,8 @@ class Collected:
         self._add(Defect(self.item, kind, reason, is_warning=True))
 
     def _add(self, defect: Defect) -> None:
-        if defect not in self.defects[-20:]:  # a file that several steps need fails in each
+        # a file that several steps need fails in each
+        if all(defect.reason != known.reason for known in self.defects):
             self.defects.append(defect)
 
 
