@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from .sample import DataError, SizeMismatch
 
+SIZES = "sizes that differ"
+"""The kind of every `SizeMismatch`."""
+
 
 @dataclass(frozen=True)
 class Defect:
@@ -25,6 +28,8 @@ class Defect:
     """Names the file, what is wrong with it and the remedy."""
     is_warning: bool = False
     """The data can be trained on, but perhaps not as meant."""
+    count: int = 1
+    """More than 1 where this one stands for several of its kind in its item."""
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Collected:
     defects: list[Defect] = field(default_factory=list)
 
     def error(self, error: DataError) -> None:
-        kind = "sizes that differ" if isinstance(error, SizeMismatch) else self.kind
+        kind = SIZES if isinstance(error, SizeMismatch) else self.kind
         self._add(Defect(self.item, kind, str(error)))
 
     def warning(self, kind: str, reason: str) -> None:

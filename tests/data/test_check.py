@@ -223,7 +223,7 @@ def test_the_list_on_screen_is_capped(data, tmp_path, capsys):
     code, report = check(data / "sa1b", tmp_path / "out")
     printed = capsys.readouterr().out
     assert code == 1 and len(report["defects"]) == 6 and "nothing to train on" in printed
-    assert printed.count("is not valid JSON") == 5 and "and 1 more" in printed
+    assert printed.count("is not valid JSON") == 5 and "and 1 more images" in printed
     assert (tmp_path / "out" / "report.txt").read_text().count("is not valid JSON") == 6
     assert (tmp_path / "out" / "config.yaml").read_text() == ""
 

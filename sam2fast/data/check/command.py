@@ -149,7 +149,7 @@ def _tell(summary: Summary, name: str, out: Path, sheet: str, stopped: str, samp
     usage, excluded = config_lines(summary, name), len(unusable(summary))
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.json", json.dumps(summary.as_json(), indent=1, ensure_ascii=False))
-    _write(out / "report.txt", "\n".join([*head, *defect_lines(summary, shown=None), ""]))
+    _write(out / "report.txt", "\n".join([*head, *defect_lines(summary, whole=True), ""]))
     _write(out / "config.yaml", usage)
     shown = [*head, "", *(defect_lines(summary) or ["no defects"]), ""]
     if sheet:

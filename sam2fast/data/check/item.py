@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
 
-from ..defects import Collected, Defect, collecting, tolerated
+from ..defects import SIZES, Collected, Defect, collecting, tolerated
 from ..sample import Dataset, VideoRecord
 
 TRAINING_SIDE = 1024
@@ -70,7 +69,7 @@ def inspect(record: VideoRecord, index: int = 0) -> ItemReport:
             _inspect_masks(record, report, notes)
         except Exception as error:  # whatever a file does to a library: the others are still to be checked
             notes.defects.append(Defect(record.name, "other errors", f"{type(error).__name__}: {error}"))
-        if report.objects and not any(report.objects):
+        if report.objects and not any(report.objects) and not notes.defects:
             notes.warning("without any visible object", f"no object is visible in {report.name}")
         if report.masklets and report.masklets == report.seen_once:
             notes.warning(
@@ -78,7 +77,7 @@ def inspect(record: VideoRecord, index: int = 0) -> ItemReport:
                 f"{report.name} shows each object in one of {report.annotated} annotated frames; if these are prompts "
                 "and not ground truth, do not train on them: objects count as absent from the other frames",
             )
-    report.defects = _summarize_warnings(notes.defects)
+    report.defects = _fold(notes.defects)
     return report
 
 
@@ -121,12 +120,11 @@ def _inspect_masks(record: VideoRecord, report: ItemReport, notes: Collected) ->
     report.returning = sum(positions[-1] - positions[0] >= len(positions) for positions in seen.values())
 
 
-def _summarize_warnings(defects: list[Defect]) -> list[Defect]:
-    """Errors one by one; of the warnings of a kind the first one with their number."""
-    kept = [defect for defect in defects if not defect.is_warning]
-    warnings = sorted((defect for defect in defects if defect.is_warning), key=lambda defect: defect.kind)
-    for kind, group in groupby(warnings, key=lambda defect: defect.kind):
-        first, *others = group
-        more = f" (and {len(others)} more in {first.item})" if others else ""
-        kept.append(Defect(first.item, kind, first.reason + more, is_warning=True))
-    return kept
+def _fold(defects: list[Defect]) -> list[Defect]:
+    """Defects of one item; of warnings of a kind, and of masks in one file that have the wrong size, the first one
+    with their number."""
+    groups: dict[object, list[Defect]] = {}
+    for number, defect in enumerate(defects):
+        file = defect.reason.partition(", ")[0] if defect.kind == SIZES else number
+        groups.setdefault((defect.kind, defect.is_warning or file), []).append(defect)
+    return [replace(group[0], count=len(group)) for group in groups.values()]

@@ -106,7 +106,7 @@ class Summary:
             ("frame rates", _top((f"{rate:g} a second", count) for rate, count in self.rates.most_common())),
             ("clips", self._clips() if self.is_video else ""),
             ("vanishing", self._vanishing() if self.is_video else ""),
-            ("empty masks", f"{self.empty_masks:,} annotated without a pixel"),
+            ("empty masks", f"{self.empty_masks:,}{' of objects that are absent' if self.is_video else ''}"),
             (
                 "tiny masks",
                 f"{self.tiny_masks:,}{_share(self.tiny_masks, self.masks)} of under {TINY_AREA} pixels at "
@@ -132,8 +132,8 @@ class Summary:
         return text + (f", {self.seen_once:,} are visible in one annotated frame" if self.seen_once else "")
 
 
-def defect_lines(summary: Summary, shown: int | None = _SHOWN) -> list[str]:
-    """Defects by kind, errors first; `shown` caps each kind, and remedies and the root of paths are left out then."""
+def defect_lines(summary: Summary, whole: bool = False) -> list[str]:
+    """Defects by kind, errors first: the whole list, or one line for each of the first items."""
     lines = []
     for is_warning in (False, True):
         kinds: dict[str, list[Defect]] = {}
@@ -141,17 +141,35 @@ def defect_lines(summary: Summary, shown: int | None = _SHOWN) -> list[str]:
             if defect.is_warning == is_warning:
                 kinds.setdefault(defect.kind, []).append(defect)
         for kind, defects in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
-            lines.append(f"{'warning' if is_warning else 'error'}: {len(defects):,} {kind}")
-            for defect in defects[:shown]:
-                reason = defect.reason if shown is None else _brief(defect.reason, summary.config.root)
-                lines.append(f"  {reason}" if defect.item in reason else f"  {defect.item}: {reason}")
-            if shown is not None and len(defects) > shown:
-                lines.append(f"  and {len(defects) - shown:,} more")
+            lines.append(f"{'warning' if is_warning else 'error'}: {kind}: {_count(defects):,}")
+            if whole:
+                lines += [_line(defect, defect.reason, defect.count) for defect in defects]
+            else:
+                lines += _brief(defects, summary)
     return lines
 
 
-def _brief(reason: str, root: str) -> str:
-    return reason.replace(f"{root.rstrip('/')}/", "").partition("; ")[0]
+def _brief(defects: list[Defect], summary: Summary) -> list[str]:
+    """A line for each of the first items, without the remedy and the root of paths."""
+    by_item: dict[str, list[Defect]] = {}
+    for defect in defects:
+        by_item.setdefault(defect.item or defect.reason, []).append(defect)
+    lines = []
+    for group in list(by_item.values())[:_SHOWN]:
+        reason = group[0].reason.replace(f"{summary.config.root.rstrip('/')}/", "").partition("; ")[0]
+        lines.append(_line(group[0], reason, _count(group)))
+    if len(by_item) > _SHOWN:
+        lines.append(f"  and {len(by_item) - _SHOWN:,} more {summary.noun}")
+    return lines
+
+
+def _line(defect: Defect, reason: str, count: int) -> str:
+    name = "" if defect.item in reason else f"{defect.item}: "
+    return f"  {name}{reason}" + (f" (and {count - 1:,} more in {defect.item})" if count > 1 else "")
+
+
+def _count(defects: list[Defect]) -> int:
+    return sum(defect.count for defect in defects)
 
 
 def _share(part: int, whole: int) -> str:
