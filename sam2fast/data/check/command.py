@@ -60,7 +60,7 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
         workers: processes; 1 checks in this one.
 
     Returns:
-        0 without defects (there may be warnings), 1 with, 130 when interrupted.
+        0 without defects (there may be warnings), 1 with or where a process died, 130 when interrupted.
 
     Raises:
         DataError: the dataset cannot be opened at all.
@@ -72,28 +72,29 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
     summary = Summary(config, total=len(dataset), defects=notes.defects)
     order = np.random.default_rng(_SEED).permutation(len(dataset))[:limit]
     candidates = dict.fromkeys(order[: 2 * ROWS * COLUMNS].tolist(), False)  # for the sheet: which of them are sound
-    stopped = ""
+    stopped, code = "", CLEAN
     try:
         for report in _reports(dataset, np.sort(order), workers, summary):
             summary.add(report)
             if report.index in candidates:
                 candidates[report.index] = report.is_sound and any(report.objects)
     except KeyboardInterrupt:
-        stopped = f"interrupted: what was found in {summary.checked:,} of {len(order):,}"
+        stopped, code = f"interrupted: what was found in {summary.checked:,} of {len(order):,}", INTERRUPTED
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        code = DEFECTS
         stopped = (
             f"a checking process died ({str(error).splitlines()[0]}): what was found in {summary.checked:,} of "
             f"{len(order):,}; memory may have run out: use fewer --workers, with 1 the cause shows itself"
         )
     sheet = "" if stopped else _sheet(dataset, [index for index, sound in candidates.items() if sound], summary, out)
     _tell(summary, name, out, sheet, stopped, sampled=len(order) < len(dataset))
-    return INTERRUPTED if stopped else DEFECTS if summary.errors else CLEAN
+    return code or (DEFECTS if summary.errors else CLEAN)
 
 
 def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summary) -> Iterator[ItemReport]:
-    """Check items in worker processes; in any order, and a few ahead at a time."""
+    """Check items, where there are several workers a few ahead. In order: a worker that died is then missed soon."""
     options = {}
     workers = min(workers, len(indices))
     if workers > 1:
@@ -103,7 +104,7 @@ def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summa
             "num_workers": workers,
             "multiprocessing_context": context,
             "worker_init_fn": start_worker,
-            "in_order": False,
+            "prefetch_factor": 4,
         }
     reports = torch.utils.data.DataLoader(Inspector(dataset), batch_size=None, sampler=indices, **options)
     console = Console(stderr=True)
@@ -151,7 +152,7 @@ def _tell(summary: Summary, name: str, out: Path, sheet: str, stopped: str, samp
     _write(out / "report.json", json.dumps(summary.as_json(), indent=1, ensure_ascii=False))
     _write(out / "report.txt", "\n".join([*head, *defect_lines(summary, whole=True), ""]))
     _write(out / "config.yaml", usage)
-    shown = [*head, "", *(defect_lines(summary) or ["no defects"]), ""]
+    shown = [*head, "", *(defect_lines(summary) or ["no defects" + " so far" * bool(stopped)]), ""]
     if sheet:
         shown.append(f"{sheet}: look at it, are these your objects?")
     shown.append(f"{out / 'report.txt'} and report.json: all of this, {len(summary.defects):,} errors and warnings")
