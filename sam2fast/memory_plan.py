@@ -80,8 +80,10 @@ def estimate_peak(
     item: MixItem,
     precision: str,
     device: torch.device,
+    steps: int = 1,
 ) -> int:
-    """Bytes of one step of `stage` on a batch of `item`, whose every clip has its largest number of objects."""
+    """Bytes of one step of `stage` on a batch of `item`, whose every clip has its largest number of objects, or of
+    several `steps` side by side."""
     with torch.device("meta"):
         model = SAM2(arch, recompute=recompute, performance=performance).train()
     with FakeTensorMode(), torch.device(device.type):
@@ -99,7 +101,7 @@ def estimate_peak(
             with autocast(precision, device):
                 output = model(batch, heaviest_plan(stage, item.frames))
             loss([frame.steps for frame in output.frames], batch.masks, objects)["total"].backward()
-    return live.peak + STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    return steps * live.peak + STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
 
 
 def _materialize(model: torch.nn.Module) -> None:
@@ -118,9 +120,10 @@ def choose_recompute(
     says so; the last one where none fits."""
     budget = budget_gib * GIB or free_bytes(device)
     needs: dict[str, float] = {}
+    steps = 2 if config.model.cuda_graphs else 1  # the memory of the graphs, and an eager step of another kind
     for policy in RECOMPUTE_LADDER:
         peaks = [
-            estimate_peak(arch, config.model.performance, policy, stage, item, config.precision, device)
+            estimate_peak(arch, config.model.performance, policy, stage, item, config.precision, device, steps)
             for item in stage.data
         ]
         needs[policy] = MARGIN * max(peaks)

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensor
 from .. import compat  # noqa: F401  must come before timm, which imports torchvision
 from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
+from .position import TableCache
 from .projections import GeluLinear, NormedLinear, adopt, adopt_norm
 from .recompute import recomputed
 from .windows import VIRTUAL_KEYS, WindowGroup, WindowLayout, max_pool
@@ -18,7 +19,8 @@ from timm.layers import DropPath  # isort: skip
 from timm.models.hieradet_sam2 import HieraDet, MultiScaleBlock  # isort: skip
 
 Kept = Tensor | None
-"""Samples whose branch runs, int64 [K]. None: the branch runs on all and its module of stochastic depth masks it."""
+"""What stochastic depth does to a branch. int64 [K]: it runs on these samples alone. Floating point [B, 1, 1]: it runs
+on all and is multiplied by this, 0 or the scale. None: it runs on all, and its module of stochastic depth masks it."""
 
 
 class HieraTrunk(HieraDet):
@@ -29,14 +31,14 @@ class HieraTrunk(HieraDet):
     projection, so a key and a value made of the biases stand for all of them.
 
     With `performance.skip_dropped_paths` stochastic depth runs a branch on the samples that keep it. Torch's CPU
-    generator draws them, so that their number is known without waiting for the device. Compiled blocks, whose sizes
-    must not vary from step to step, and fake tensors get masks instead.
+    generator draws them, so that their number is known without waiting for the device. Where sizes must not vary from
+    step to step, and for fake tensors, it multiplies by masks instead, which the generator of the device draws.
     """
 
     recompute = RecomputePolicy()
     """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
-    compiled = False
-    """Whether blocks are compiled, for a number of samples that is known: stochastic depth masks them."""
+    fixed_sizes = False
+    """Whether sizes must not vary from step to step, as blocks are compiled or steps recorded."""
 
     def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
         super().__init__(
@@ -51,6 +53,7 @@ class HieraTrunk(HieraDet):
         )
         self.head = nn.Identity()
         self.performance = performance or PerformanceConfig()
+        self._tables = TableCache()
         switches = self.performance
         self.is_lean = switches.unpadded_windows or switches.skip_dropped_paths or switches.lean_projections
         if self.is_lean:
@@ -80,7 +83,7 @@ class HieraTrunk(HieraDet):
             x, layout = self._arrange(x, layout, block)
             run = block
             if self.recompute.trunk:
-                # Nothing in a block is random but timm's stochastic depth.
+                # Nothing in a block is random but timm's stochastic depth, which its module draws.
                 run = recomputed(block, self.recompute.selective, random=not self.performance.skip_dropped_paths)
             x = run(x, layout, *kept)
             layout = layout.pooled() if block.pools else layout
@@ -99,9 +102,11 @@ class HieraTrunk(HieraDet):
         """For the two branches of every block, the samples that stochastic depth keeps."""
         drops = [drop for block in self.blocks for drop in (block.drop_path1, block.drop_path2)]
         rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
-        skips = self.performance.skip_dropped_paths and any(rates)
-        if not skips or self.compiled or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+        if not (self.performance.skip_dropped_paths and any(rates)):
             return [(None, None)] * len(self.blocks)
+        if self.fixed_sizes or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+            masks = self._draw_masks(tuple(rates), images)
+            return list(zip(masks[::2], masks[1::2], strict=True))
         draws = torch.rand(len(rates), len(images), device="cpu")
         keep = draws >= torch.tensor(rates, device="cpu").unsqueeze(1)
         kept = keep.nonzero()[:, 1]
@@ -109,6 +114,17 @@ class HieraTrunk(HieraDet):
             kept = kept.pin_memory()
         branches = kept.to(images.device, non_blocking=True).split(keep.sum(dim=1).tolist())
         return list(zip(branches[::2], branches[1::2], strict=True))
+
+    def _draw_masks(self, rates: tuple[float, ...], images: Tensor) -> tuple[Tensor, ...]:
+        """For each branch [B, 1, 1], the factor of every sample: 0 with the probability of its rate."""
+
+        def build() -> tuple[Tensor, ...]:
+            rate = torch.tensor(rates, device=images.device)
+            return rate, torch.where(rate < 1, 1 / (1 - rate), 1.0)
+
+        rate, scale = (x.view(-1, 1, 1, 1) for x in self._tables.get((rates, images.device), build))
+        draws = torch.rand(len(rates), len(images), 1, 1, device=images.device)
+        return torch.where(draws >= rate, scale, 0.0).unbind()
 
 
 class TrunkBlock(nn.Module):
@@ -195,13 +211,15 @@ def _pool(tokens: Tensor, layout: WindowLayout) -> Tensor:
 
 
 def _take(x: Tensor, kept: Kept) -> Tensor:
-    return x if kept is None or len(kept) == len(x) else x.index_select(0, kept)
+    return x if kept is None or kept.is_floating_point() or len(kept) == len(x) else x.index_select(0, kept)
 
 
 def _add(x: Tensor, branch: Tensor, drop: nn.Module, kept: Kept) -> Tensor:
     """Add a branch [K, ...] to the samples that it ran on, scaled so that the mean over all draws is that of all."""
     if kept is None:
         return x + drop(branch)
+    if kept.is_floating_point():
+        return torch.addcmul(x, branch, kept.to(x.dtype))
     rate = getattr(drop, "drop_prob", 0.0)
     scale = 1 / (1 - rate) if rate < 1 else 1.0
     if len(kept) == len(x):
