@@ -1,4 +1,4 @@
-"""What a count leaves: a table for each part, one row of figures, and rows in results/step_counts.csv."""
+"""What a count leaves: a table for each part, one row of figures, and rows in results/."""
 
 from __future__ import annotations
 
@@ -6,18 +6,43 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from .counter import Tally
+from .graphs import PLACES, GraphCount
 from .parts import PARTS
 from .steps import SWITCHES, Setup, StepCount
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "step_counts.csv"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 KEYS = ("size", "batch", "off", "recompute")
 FIGURES = ("forward_flops", "backward_flops", "bytes", "launches", "saved_bytes", "peak_bytes", "state_bytes")
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """Rows that are kept in results/."""
+
+    name: str
+    figures: tuple[str, ...]
+    """Columns after the KEYS."""
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.name
+
+    def read(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+STEPS = ResultFile("step_counts.csv", FIGURES)
+GRAPHS = ResultFile("graph_counts.csv", ("recorded", "launches", *(place.replace(", ", "+") for place in PLACES)))
 
 
 def setting(setup: Setup) -> dict[str, str]:
@@ -89,21 +114,26 @@ def print_count(setup: Setup, count: StepCount, top: int) -> None:
         _print_top(console, count, top)
 
 
-def save(rows: Iterable[dict[str, str | int]]) -> None:
-    """Add rows to RESULTS, in place of those of the same setting."""
-    known = {tuple(row[key] for key in KEYS): row for row in [*read(), *rows]}
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEYS, *FIGURES], extrasaction="ignore", lineterminator="\n")
+def print_graph(setup: Setup, count: GraphCount) -> dict[str, str | int]:
+    """One line, and the row of GRAPHS."""
+    name = setting(setup)
+    places = ", ".join(f"{value} {place}" for place, value in count.host.items())
+    print(
+        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.recorded} kernels "
+        f"in the graph, {count.total} launches of the host ({places}) (computed, not measured)"
+    )
+    return {**name, "recorded": count.recorded, "launches": count.total} | {
+        place.replace(", ", "+"): value for place, value in count.host.items()
+    }
+
+
+def save(rows: Iterable[dict[str, str | int]], to: ResultFile) -> None:
+    """Add rows to a file, in place of those of the same setting."""
+    known = {tuple(row[key] for key in KEYS): row for row in [*to.read(), *rows]}
+    with to.path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*KEYS, *to.figures], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(known.values())
-
-
-def read() -> list[dict[str, str]]:
-    """Rows of RESULTS."""
-    if not RESULTS.is_file():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _sum(count: StepCount, phase: str, part: str | None = None) -> Tally:

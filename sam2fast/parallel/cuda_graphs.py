@@ -18,7 +18,7 @@ is part of every recording, and hands its seed and offset to each replay.
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,6 +97,7 @@ class GraphedSteps:
         capture: Capture,
         constants: Callable[[], object] = lambda: None,
         limit: int = MAX_GRAPHS,
+        record_at: int = 2,
     ) -> None:
         """Wrap an engine.
 
@@ -105,11 +106,12 @@ class GraphedSteps:
                 What it does may depend on the kind and on the shapes of the inputs, never on their values.
             constants: tensors that `compute` reads beside inputs, parameters and buffers.
             limit: recordings that are kept.
+            record_at: the eager run of a kind that it is recorded beside.
         """
         self._run = self._replayed = 0
         self._engine, self._compute, self._capture, self._constants = engine, compute, capture, constants
-        self._limit = limit
-        self._seen: set[Hashable] = set()
+        self._limit, self._record_at = limit, record_at
+        self._seen: Counter[Hashable] = Counter()
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._static: dict[Hashable, Tensor] = {}
         self._grads = [torch.zeros_like(param) for param in engine.params]
@@ -151,10 +153,10 @@ class GraphedSteps:
         self._run = self._replayed = 0
         return share
 
-    def record(
+    def _record(
         self, kind: Hashable, inputs: Mapping[str, Tensor], names: tuple[str, ...], reached: frozenset[int]
     ) -> _Recording:
-        """Record a kind of batch that has just run on inputs like these, on the device, with these results."""
+        """Record a kind of batch that has just run on inputs like these with results of these names."""
         static = {name: self._static_input(name, x) for name, x in inputs.items()}
         values = torch.zeros(len(names), device=self._engine.ranks.device)
 
@@ -184,12 +186,12 @@ class GraphedSteps:
                 "out of memory in an eager step beside CUDA graphs, whose memory is as large as that of a step: raise "
                 f"model.recompute, or set model.cuda_graphs=false ({error})"
             ) from error
-        if key in self._seen:
-            self._recordings[key] = self.record(kind, moved, names, reached)
+        self._seen[key] += 1
+        if self._seen[key] == self._record_at:
+            self._recordings[key] = self._record(kind, moved, names, reached)
             while len(self._recordings) > self._limit or len(self._recordings) > 1 and self._capture.crowded():
                 dropped, _ = self._recordings.popitem(last=False)
-                self._seen.discard(dropped)
-        self._seen.add(key)
+                del self._seen[dropped]
         return names, values, reached
 
     def _replay(self, key: Hashable, recording: _Recording, inputs: Mapping[str, Tensor]) -> _Results:

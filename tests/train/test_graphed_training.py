@@ -1,4 +1,4 @@
-"""Training with model.cuda_graphs: the wiring on the CPU, where a recording does the work again; real graphs on a GPU."""
+"""Training with model.cuda_graphs: on a CPU, where a recording does the work again, the wiring; on a GPU, real graphs."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def test_replays_give_the_losses_and_gradients_of_eager_steps(deterministic, rat
         batch = make_batch(kind, 256, seed=number).pin_memory()
         want, found = eager.run(kind, batch, number), graphed.run(kind, batch, number)
         for name, value in want.items():
-            scale = max(value.abs().max().item(), 1e-3)
-            torch.testing.assert_close(found[name], value, rtol=0.0, atol=2e-2 * scale, msg=lambda m: f"{name}: {m}")
+            error, scale = (found[name] - value).abs().max().item(), max(value.abs().max().item(), 1e-3)
+            assert error <= 2e-2 * scale, (number, kind, name, error, scale)
     assert graphed.graphs.replayed_share() == 0.5
 
 
