@@ -40,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         RecomputePolicy.parse(args.recompute or "none")
     except ValueError as error:
         parser.error(str(error))
+    if args.save and args.bfloat16_streams:
+        parser.error("--save keeps exact settings alone; leave out --bfloat16-streams")
     off = frozenset(steps.SWITCHES if args.all_off else args.off)
     recompute = args.recompute or ("none" if args.all_off else steps.Setup.recompute)
     rows = []
     for size in args.size:
         for batch in args.batch:
-            setup = steps.Setup(size, batch, off, recompute, args.side)
+            setup = steps.Setup(size, batch, off, recompute, args.side, args.bfloat16_streams)
             if args.graphs:
                 rows.append(report.print_graph(setup, graphs.count_graph(setup)))
                 continue
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 | {"parts": report.part_figures(count)}
             )
     if args.save:
-        report.save(rows, report.GRAPHS if args.graphs else report.STEPS)
+        (report.save_graphs if args.graphs else report.save)(rows)
     print(json.dumps({"case": "count_step", "computed": True, "rows": rows}))
     return 0
 
@@ -70,9 +72,10 @@ def _add_arguments(parser: argparse.ArgumentParser, switches: Sequence[str], bat
     which.add_argument("--all-off", action="store_true", help="all of these, and --recompute none")
     parser.add_argument("--recompute", metavar="POLICY", help="default: that of model.recompute")
     parser.add_argument("--side", type=_side, default=1024, help="of the images, in pixels; a multiple of 32")
+    parser.add_argument("--bfloat16-streams", action="store_true", help="with model.bfloat16_streams; not for --save")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also list the N largest operations")
-    parser.add_argument("--graphs", action="store_true", help="count what the host launches of a step with CUDA graphs")
-    parser.add_argument("--save", action="store_true", help="write the totals to results/step_counts.csv, graph_counts.csv")
+    parser.add_argument("--graphs", action="store_true", help="count what the host launches with model.cuda_graphs")
+    parser.add_argument("--save", action="store_true", help="write the totals to results/")
 
 
 def _names(names: Sequence[str]) -> str:

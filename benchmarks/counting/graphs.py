@@ -30,7 +30,7 @@ from .parts import PartTracker
 from .steps import PLANS, Setup, fake_batch, fake_model, gpu_attention, kept_tables, single_thread
 
 RANKS = 8
-PLACES = ("inputs, replay, loss terms", "all-reduce", "clipping, AdamW", "meters", "other")
+PLACES = ("inputs_replay_terms", "all_reduce", "clip_and_update", "meters", "other")
 """Where the host launches something; other is the number of objects that losses are divided by."""
 
 

@@ -1,13 +1,13 @@
-"""What a count leaves: a table for each part, one row of figures, and rows in results/."""
+"""What a count leaves: a table for each part, one row of figures, and rows in results/step_counts.csv."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,32 +17,17 @@ from .graphs import PLACES, GraphCount
 from .parts import PARTS
 from .steps import SWITCHES, Setup, StepCount
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "step_counts.csv"
+PART_RESULTS = RESULTS.with_name("step_parts.csv")
+GRAPH_RESULTS = RESULTS.with_name("graph_counts.csv")
 KEYS = ("size", "batch", "off", "recompute")
 FIGURES = ("forward_flops", "backward_flops", "bytes", "launches", "saved_bytes", "peak_bytes", "state_bytes")
 
-
-@dataclass(frozen=True)
-class ResultFile:
-    """Rows that are kept in results/."""
-
-    name: str
-    figures: tuple[str, ...]
-    """Columns after the KEYS."""
-
-    @property
-    def path(self) -> Path:
-        return RESULTS / self.name
-
-    def read(self) -> list[dict[str, str]]:
-        if not self.path.is_file():
-            return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
-
-
-STEPS = ResultFile("step_counts.csv", FIGURES)
-GRAPHS = ResultFile("graph_counts.csv", ("recorded", "launches", *(place.replace(", ", "+") for place in PLACES)))
+PART_FIGURES = (
+    "forward_flops backward_flops forward_bytes backward_bytes forward_launches backward_launches saved_bytes "
+    "at_peak_bytes"
+).split()
+GRAPH_FIGURES = ("recorded", "launches", *PLACES)
 
 
 def setting(setup: Setup) -> dict[str, str]:
@@ -115,23 +100,42 @@ def print_count(setup: Setup, count: StepCount, top: int) -> None:
 
 
 def print_graph(setup: Setup, count: GraphCount) -> dict[str, str | int]:
-    """One line, and the row of GRAPHS."""
+    """One line, and the row of GRAPH_RESULTS."""
     name = setting(setup)
-    places = ", ".join(f"{value} {place}" for place, value in count.host.items())
+    places = ", ".join(f"{value} {place.replace('_', ' ')}" for place, value in count.host.items())
     print(
-        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.recorded} kernels "
-        f"in the graph, {count.total} launches of the host ({places}) (computed, not measured)"
+        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.total} launches of "
+        f"the host ({places}), {count.recorded} kernels in the graph (computed, not measured)"
     )
-    return {**name, "recorded": count.recorded, "launches": count.total} | {
-        place.replace(", ", "+"): value for place, value in count.host.items()
-    }
+    return {**name, "recorded": count.recorded, "launches": count.total, **count.host}
 
 
-def save(rows: Iterable[dict[str, str | int]], to: ResultFile) -> None:
-    """Add rows to a file, in place of those of the same setting."""
-    known = {tuple(row[key] for key in KEYS): row for row in [*to.read(), *rows]}
-    with to.path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEYS, *to.figures], extrasaction="ignore", lineterminator="\n")
+def save_graphs(rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to GRAPH_RESULTS, in place of those of the same setting."""
+    _merge(GRAPH_RESULTS, KEYS, GRAPH_FIGURES, rows)
+
+
+def save(rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to RESULTS, in place of those of the same setting; the parts of steps with everything on or off go to
+    PART_RESULTS."""
+    _merge(RESULTS, KEYS, FIGURES, rows)
+    parts = [
+        {**row, "part": part, **row["parts"][part]}
+        for row in rows
+        if row["off"] in ("all", "none") and row["recompute"] == "none"
+        for part in PARTS
+    ]
+    _merge(PART_RESULTS, (*KEYS, "part"), PART_FIGURES, parts)
+
+
+def _merge(path: Path, keys: Sequence[str], figures: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            known = {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
+    known |= {tuple(row[key] for key in keys): row for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*keys, *figures], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(known.values())
 

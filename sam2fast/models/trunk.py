@@ -39,6 +39,8 @@ class HieraTrunk(HieraDet):
     """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
     fixed_sizes = False
     """Whether sizes must not vary from step to step, as blocks are compiled or steps recorded."""
+    stream_dtype: torch.dtype | None = None
+    """Of the tokens between blocks; None leaves what autocast makes of them, float32."""
 
     def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
         super().__init__(
@@ -78,6 +80,7 @@ class HieraTrunk(HieraDet):
         )
         position = self._pos_embed(grid.new_zeros(1, *grid.shape[1:3], 1))
         x = layout.to_tokens(grid) + layout.to_tokens(position)
+        x = x if self.stream_dtype is None else x.to(self.stream_dtype)
         features = []
         for index, (block, kept) in enumerate(zip(self.blocks, self._draw_kept(images), strict=True)):
             x, layout = self._arrange(x, layout, block)
