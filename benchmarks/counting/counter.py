@@ -29,8 +29,8 @@ LAUNCHES = {"sam2fast::click_uniform": 2, "sam2fast::click_center": 7}
 """Kernels of a call where it is not one."""
 MULTI_TENSOR_CHUNK, MULTI_TENSOR_BLOCKS = 65536, 320
 MULTI_TENSOR_LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
-"""Of PyTorch's kernels for lists of tensors (MultiTensorApply.cuh): elements of a block, blocks of a launch, and tensors
-of a launch by the number of lists. Newer versions take more tensors at once."""
+"""Of PyTorch's kernels for lists of tensors (MultiTensorApply.cuh): elements of a block, blocks of a launch, tensors of
+a launch by the number of lists. Newer versions take more tensors at once."""
 ALLOCATIONS = ("aten::empty", "aten::new_empty")
 OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::bernoulli_", "aten::uniform_")
 """In place, without reading what was there."""

@@ -104,8 +104,8 @@ def print_graph(setup: Setup, count: GraphCount) -> dict[str, str | int]:
     name = setting(setup)
     places = ", ".join(f"{value} {place.replace('_', ' ')}" for place, value in count.host.items())
     print(
-        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.total} launches of "
-        f"the host ({places}), {count.recorded} kernels in the graph (computed, not measured)"
+        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.total} launches "
+        f"of the host ({places}), {count.recorded} kernels in the graph (computed, not measured)"
     )
     return {**name, "recorded": count.recorded, "launches": count.total, **count.host}
 

@@ -135,6 +135,7 @@ class TrunkBlock(nn.Module):
 
     def __init__(self, block: MultiScaleBlock, performance: PerformanceConfig) -> None:
         super().__init__()
+        self._tables = TableCache()
         for name, part in block.named_children():
             self.add_module(name, part)
         self.window = block.window_size[0]
@@ -188,8 +189,14 @@ class TrunkBlock(nn.Module):
             q, k, v = max_pool(q, group), k.contiguous(), v.contiguous()
         heads = self.attn.num_heads, v.shape[-1] // self.attn.num_heads
         q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.score_bias(q))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._score_bias(group, q))
         return self.attn.proj(out.transpose(1, 2).flatten(2))
+
+    def _score_bias(self, group: WindowGroup, q: Tensor) -> Tensor | None:
+        if not group.padding or torch.compiler.is_compiling():
+            return group.score_bias(q)
+        key = (group.padding, group.tokens, q.dtype, q.device)
+        return self._tables.get(key, lambda: (group.score_bias(q),))[0]
 
     def _project_windows(self, windows: Tensor, padding: int, normalize: bool) -> tuple[Tensor, ...]:
         """Queries, keys and values of windows, and of zero tokens after them: those of padding."""

@@ -246,12 +246,13 @@ def _obstacle(config: Config, recompute: str, device: torch.device) -> str | Non
     if model.offload_activations:
         return "cannot record transfers to the host: set model.offload_activations=false"
     policy = RecomputePolicy() if automatic_budget(recompute) is not None else RecomputePolicy.parse(recompute)
-    if policy.memory and model.memory_dropout > 0:
+    switches = model.performance
+    if policy.memory and model.memory_dropout > 0 and not (switches.fused_dropout and switches.fused_memory_attention):
         return (
-            f"cannot recompute dropout ({recompute!r} of model.recompute), for which PyTorch reads the state of the "
-            "generator on the host: leave memory out of model.recompute, or set model.memory_dropout=0"
+            f"cannot recompute PyTorch's own dropout ({recompute!r} of model.recompute), whose generator has its state "
+            "on the host: set model.performance.fused_dropout=true and model.performance.fused_memory_attention=true"
         )
-    if policy.trunk and model.drop_path > 0 and not model.performance.skip_dropped_paths:
+    if policy.trunk and model.drop_path > 0 and not switches.skip_dropped_paths:
         return (
             f"cannot recompute timm's stochastic depth ({recompute!r} of model.recompute): set "
             "model.performance.skip_dropped_paths=true"

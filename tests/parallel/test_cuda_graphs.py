@@ -157,9 +157,9 @@ def test_a_step_that_cannot_be_recorded_is_an_error_with_its_remedy():
         ("cuda", {"engine": {"zero_stage": 1}}, "none", "set engine.kind=torch"),
         ("cuda", {"precision": "float16"}, "none", "set precision=bfloat16"),
         ("cuda", {"model": {"offload_activations": True}}, "none", "set model.offload_activations=false"),
-        ("cuda", {}, "decoder+memory", "leave memory out of model.recompute"),
+        ("cuda", {"model": {"performance": {"fused_dropout": False}}}, "memory", "fused_dropout=true"),
         ("cuda", {"model": {"performance": {"skip_dropped_paths": False}}}, "trunk", "skip_dropped_paths=true"),
-        ("cuda", {"model": {"memory_dropout": 0.0}}, "decoder+trunk+memory", None),
+        ("cuda", {}, "decoder+trunk+memory", None),
         ("cuda", {"precision": "bfloat16"}, "auto", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Training with model.cuda_graphs: on a CPU, where a recording does the work again, the wiring; on a GPU, real graphs."""
+"""Training with model.cuda_graphs: the wiring on a CPU, where a recording does the work again; real graphs on a GPU."""
 
 from __future__ import annotations
 
