@@ -10,10 +10,11 @@ from torch._subclasses import FakeTensor
 from .. import compat  # noqa: F401  must come before timm, which imports torchvision
 from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
+from .layers import Linear
 from .position import TableCache
 from .projections import GeluLinear, NormedLinear, adopt, adopt_norm
 from .recompute import recomputed
-from .windows import VIRTUAL_KEYS, WindowGroup, WindowLayout, max_pool
+from .windows import WindowGroup, WindowLayout, max_pool
 
 from timm.layers import DropPath  # isort: skip
 from timm.models.hieradet_sam2 import HieraDet, MultiScaleBlock  # isort: skip
@@ -149,6 +150,8 @@ class TrunkBlock(nn.Module):
             self.mlp.fc2 = adopt(GeluLinear, self.mlp.fc2)
             if self.pools:
                 self.proj = adopt(NormedLinear, self.proj)
+        else:
+            self.attn.qkv = adopt(Linear, self.attn.qkv)
 
     def forward(self, x: Tensor, layout: WindowLayout, kept_attention: Kept = None, kept_mlp: Kept = None) -> Tensor:
         """Tokens [B, N, C] to [B, N, C], or [B, N / 4, 2 C] where a stage begins.
@@ -164,7 +167,8 @@ class TrunkBlock(nn.Module):
     def attention(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """Attention inside the windows, or over all tokens, of the normalized tokens."""
         if not self.window:
-            return self._attend(x, WindowGroup(1, 1, 1, x.shape[1], padding=0))
+            q, k, v = self._project(x)
+            return self.attn.proj(self._attend(q, k, v, WindowGroup(1, 1, 1, x.shape[1], padding=0)))
         if self.window == layout.window:
             return self._attend_windows(x, layout)
         grid = layout.to_grid(self.norm1(x))
@@ -176,21 +180,25 @@ class TrunkBlock(nn.Module):
         return padded.to_grid(out)[:, : layout.height, : layout.width].flatten(1, 2)
 
     def _attend_windows(self, x: Tensor, layout: WindowLayout, normalize: bool = True) -> Tensor:
-        parts = zip(layout.split(x), layout.groups, strict=True)
-        outputs = [self._attend(windows, group, normalize) for windows, group in parts]
-        return (layout.pooled() if self.pools else layout).join(outputs)
+        """All windows are projected at once; a token of padding, zero, would give the biases."""
+        q, k, v = self._project(x, normalize)
+        virtual = (None, None, None)
+        if any(group.padding for group in layout.groups):
+            _, bias = self.attn.qkv()
+            virtual = (None, *bias.to(k.dtype).chunk(3)[1:])
+        windows = (layout.split(part, token) for part, token in zip((q, k, v), virtual, strict=True))
+        outputs = [self._attend(*parts, group) for *parts, group in zip(*windows, layout.groups, strict=True)]
+        return self.attn.proj((layout.pooled() if self.pools else layout).join(outputs))
 
-    def _attend(self, windows: Tensor, group: WindowGroup, normalize: bool = True) -> Tensor:
-        """Attention inside windows [M, L, C]."""
-        q, k, v = self._project_windows(windows, VIRTUAL_KEYS if group.padding else 0, normalize)
-        q = q[:, : group.tokens] if group.padding else q
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, group: WindowGroup) -> Tensor:
+        """Attention inside windows [M, L, C], whose padding has virtual keys."""
         if self.pools:
             # Copies of their own: as parts of one tensor, k and v would keep the queries before pooling.
             q, k, v = max_pool(q, group), k.contiguous(), v.contiguous()
         heads = self.attn.num_heads, v.shape[-1] // self.attn.num_heads
         q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._score_bias(group, q))
-        return self.attn.proj(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     def _score_bias(self, group: WindowGroup, q: Tensor) -> Tensor | None:
         if not group.padding or torch.compiler.is_compiling():
@@ -198,12 +206,11 @@ class TrunkBlock(nn.Module):
         key = (group.padding, group.tokens, q.dtype, q.device)
         return self._tables.get(key, lambda: (group.score_bias(q),))[0]
 
-    def _project_windows(self, windows: Tensor, padding: int, normalize: bool) -> tuple[Tensor, ...]:
-        """Queries, keys and values of windows, and of zero tokens after them: those of padding."""
+    def _project(self, x: Tensor, normalize: bool = True) -> tuple[Tensor, ...]:
+        """Queries, keys and values [B, N, C'] of tokens [B, N, C]."""
         if self.lean:
-            return self.attn.qkv(windows, self.norm1 if normalize else None, parts=3, padding=padding)
-        windows = self.norm1(windows) if normalize else windows
-        return self.attn.qkv(F.pad(windows, (0, 0, 0, padding))).chunk(3, dim=-1)
+            return self.attn.qkv(x, self.norm1 if normalize else None, parts=3)
+        return self.attn.qkv(self.norm1(x) if normalize else x).chunk(3, dim=-1)
 
     def _project_shortcut(self, x: Tensor) -> Tensor:
         return self.proj(x, self.norm1)[0] if self.lean else self.proj(self.norm1(x))
