@@ -59,6 +59,9 @@ class ModelConfig(Section):
     compile: bool = False
     """torch.compile for blocks of the trunk, layers of memory attention and the memory encoder. The first steps take
     minutes longer; stochastic depth then masks samples instead of leaving them out."""
+    cuda_graphs: bool = False
+    """Kinds of steps that come again are recorded as CUDA graphs and replayed, one launch instead of thousands. Needs a
+    GPU, the torch engine and about twice the memory for activations; stochastic depth masks samples here too."""
     performance: PerformanceConfig = PerformanceConfig()
 
     @field_validator("version", mode="before")

@@ -33,6 +33,7 @@ from .models.official import load_checkpoint, save_checkpoint, split_checkpoint
 from .models.sam2 import SAM2
 from .optim import build_groups, freeze
 from .parallel import Engine, Ranks, build_engine
+from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
@@ -61,6 +62,8 @@ def run(config: Config, ranks: Ranks) -> Path:
 
     `output_dir` must be the same folder for all ranks, also on several machines.
     """
+    if config.model.cuda_graphs:
+        ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
@@ -163,6 +166,9 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     model = build_model(config, before).to(ranks.device).train()
     if policy := _choose_recompute(run, stage):
         model.recompute = RecomputePolicy.parse(policy)
+    if config.model.cuda_graphs:
+        check_config(config, policy or config.model.recompute, ranks.device)
+        model.fix_sizes()
     if config.model.compile:
         _compile(model, ranks.device)
     freeze(model, stage.freeze)
