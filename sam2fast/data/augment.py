@@ -28,7 +28,7 @@ from ..config import AugmentConfig
 FILL = (124, 116, 104)
 """RGB outside of the image: the ImageNet mean, which normalization turns into 0."""
 
-_GRAY = np.array([0.299, 0.587, 0.114])
+GRAY = np.array([0.299, 0.587, 0.114])
 """Luma of RGB (ITU-R BT.601), as in torchvision's color transforms."""
 _UNCHANGED = np.eye(3, 4, dtype=np.float32)
 _FILL = torch.tensor(FILL, dtype=torch.uint8)
@@ -207,10 +207,14 @@ def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturati
     Args:
         image: uint8 [H, W, 3] RGB, of which the mean is taken.
     """
-    mean = brightness * (np.array(cv2.mean(image)[:3]) @ _GRAY) if contrast != 1 else 0.0
-    mix = saturation * np.eye(3) + (1 - saturation) * np.tile(_GRAY, (3, 1))
-    matrix = np.column_stack([brightness * contrast * mix, np.full(3, (1 - contrast) * mean)])
+    mean = brightness * (np.array(cv2.mean(image)[:3]) @ GRAY) if contrast != 1 else 0.0
+    matrix = np.column_stack([brightness * contrast * color_mix(saturation), np.full(3, (1 - contrast) * mean)])
     return matrix.astype(np.float32)
+
+
+def color_mix(saturation: float) -> np.ndarray:
+    """Matrix [3, 3] that scales the distance of RGB to its gray."""
+    return saturation * np.eye(3) + (1 - saturation) * np.tile(GRAY, (3, 1))
 
 
 def draw_blur(config: AugmentConfig, side: int, rng: np.random.Generator) -> float:
