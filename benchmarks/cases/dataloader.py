@@ -1,13 +1,14 @@
-"""One training sample from files to a batch in shared memory, on one core: stages, and `full`, all of them.
+"""One training sample from files to a batch on one core: stages, `full`, and what handing it over costs.
 
 A shape is RECIPE-FRAMESxOBJECTS@SIDE: the augmentations of configs/finetune.yaml (those of the official trainer: affine
 with shear, color jitter of clip and frames, grayscale) or of configs/staged.yaml (crop and resize, color jitter, blur).
-Both pipelines get the same plans: clips, geometry, color factors, blur. Times are those of one sample, the mean over a
-few, in seconds of the processor: everything runs in one thread, and a busy machine does not count. `full` is measured
-apart from the stages. Stages: `read` the files, `decode` frames from bytes, `masks` (labels
-from PNG), `augment` frames and masks, `collate`, and `copy` to shared memory, which hands a batch of a worker to the
-trainer. The masks of the first frame, which decide about objects, are decoded again while the plan is drawn; that is in
-`full` of `opencv`, and left out of `pil`.
+Both pipelines get the same plans: clips, geometry, color factors, blur. Times are the mean over a few samples, in
+seconds of the processor: everything runs in one thread, and what else the machine does hardly counts.
+
+Stages: `read` the files, `decode` frames from bytes, `masks` (labels from PNG), `augment` frames and masks, `collate`,
+and `copy` to new shared memory, as a worker hands a batch to the trainer. `full` is measured apart from them and holds
+all but `copy`. It includes drawing the plan for `opencv`, which decodes the first frame's masks for it, but not for
+`pil`.
 
 The check compares both with plans rendered by float32 sampling at twice the density.
 """
@@ -99,7 +100,7 @@ class Pipeline:
         raise NotImplementedError
 
     def full(self, inputs: Inputs, number: int) -> Outputs:
-        """All stages; the batch, `frames` [T, 3, S, S] among it as uint8 or normalized, and `masks`."""
+        """All stages but `copy`; the batch, `frames` [T, 3, S, S] among it as uint8 or normalized, and `masks`."""
         raise NotImplementedError
 
     def __call__(self, inputs: Inputs) -> Outputs:
@@ -137,8 +138,7 @@ class OpenCV(Pipeline):
 
     def full(self, inputs: Inputs, number: int) -> Outputs:
         batch = collate([inputs.dataset[number]])
-        frames, masks = _share(batch.frames, batch.masks)
-        return {"frames": frames, "masks": masks}
+        return {"frames": batch.frames, "masks": batch.masks}
 
 
 class Pil(Pipeline):
@@ -147,9 +147,10 @@ class Pil(Pipeline):
 
     def full(self, inputs: Inputs, number: int) -> Outputs:
         state: dict = {}
-        for stage in self._work(inputs, number, state).values():
-            stage()
-        return state["shared"]
+        for stage, work in self._work(inputs, number, state).items():
+            if stage != "copy":
+                work()
+        return state["batch"]
 
     def _work(self, inputs: Inputs, number: int, state: dict) -> Work:
         plan = inputs.plans[number]
@@ -171,7 +172,7 @@ class Pil(Pipeline):
             state["batch"] = pil.collate(*state["sample"])
 
         def copy() -> None:
-            state["shared"] = dict(zip(state["batch"], _share(*state["batch"].values()), strict=True))
+            _share(*state["batch"].values())
 
         return dict(zip(STAGES, (read, decode, decode_masks, augment, batch, copy), strict=True))
 
@@ -181,7 +182,7 @@ PIPELINES: dict[str, Pipeline] = {"pil": Pil(), "opencv": OpenCV()}
 
 class DataloaderCase(Case):
     name = "dataloader"
-    about = "one sample from files to a batch in shared memory, on one core"
+    about = "one sample from files to a batch, on one core"
     modes = (*STAGES, "full")
     shapes = ("finetune-8x3@1024", "staged-8x3@1024")
     check_shape = "finetune-2x3@256"
@@ -261,9 +262,10 @@ class DataloaderCase(Case):
         return lines
 
 
-def _share(*tensors: Tensor) -> list[Tensor]:
+def _share(*tensors: Tensor) -> None:
     """What a loader's worker does with each tensor of a batch."""
-    return [tensor.share_memory_() for tensor in tensors]
+    for tensor in tensors:
+        tensor.share_memory_()
 
 
 def _bytes(frames: Tensor) -> Tensor:

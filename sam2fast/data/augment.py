@@ -100,32 +100,36 @@ class Geometry:
         warp_image(*map(torch.from_numpy, (out, part, sampling, colors)), _FILL)
         return out
 
-    def masks(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """bool [H, W] of each of N objects to [N, S, S]."""
-        result = np.empty((len(masks), self.side, self.side), bool)
+    def masks(self, masks: Sequence[np.ndarray | None], out: np.ndarray | None = None) -> np.ndarray:
+        """bool [H, W] of each of N objects, None where one is absent, to [N, S, S], those of `out` where it is given."""
+        out = np.empty((len(masks), self.side, self.side), bool) if out is None else out
         if self.mosaic:
-            result.fill(False)
-            result[:, *self._cells()[self.mosaic.cell]] = self._masks_of_cell(masks)
-            return result
+            moved = self.cell.masks(masks)
+            out.fill(False)
+            out[:, *self._cells()[self.mosaic.cell]] = (
+                moved[..., ::-1] if self.mosaic.flips[self.mosaic.cell] else moved
+            )
+            return out
         for first in range(0, len(masks), MASKS_AT_ONCE):
-            prepared = [
-                self._prepare(np.ascontiguousarray(mask).view(np.uint8), _MASK_PREFILTER_BELOW)
-                for mask in masks[first : first + MASKS_AT_ONCE]
-            ]
-            codes = prepared[0][0].copy()
-            for bit, (mask, _) in enumerate(prepared[1:], start=1):
-                codes |= mask << bit
-            out = result[first : first + len(prepared)]
-            warp_masks(*map(torch.from_numpy, (out, codes, prepared[0][1])))
-        return result
+            part = slice(first, first + MASKS_AT_ONCE)
+            self._warp(masks[part], out[part])
+        return out
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """bool [H, W] to [S, S]."""
         return self.masks([mask])[0]
 
-    def _masks_of_cell(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        moved = self.cell.masks(masks)
-        return moved[..., ::-1] if self.mosaic.flips[self.mosaic.cell] else moved
+    def _warp(self, masks: Sequence[np.ndarray | None], out: np.ndarray) -> None:
+        codes = None
+        for bit, mask in enumerate(masks):
+            if mask is None:
+                continue
+            part, sampling = self._prepare(np.ascontiguousarray(mask).view(np.uint8), _MASK_PREFILTER_BELOW)
+            codes = part << bit if codes is None else np.bitwise_or(codes, part << bit, out=codes)
+        if codes is None:
+            out.fill(False)
+        else:
+            warp_masks(*map(torch.from_numpy, (out, codes, sampling)))
 
     def _cells(self) -> list[tuple[slice, slice]]:
         """Rows and columns of the cells of a mosaic."""

@@ -56,13 +56,9 @@ def _frames(plan: SamplePlan) -> torch.Tensor:
 def render_masks(plan: SamplePlan) -> torch.Tensor:
     """bool [T, O, S, S]; objects are absent from hidden frames."""
     side = plan.geometry.side
-    object_ids = list(plan.first)
-    out = np.zeros((len(plan.frames), len(object_ids), side, side), bool)
+    out = np.empty((len(plan.frames), len(plan.first), side, side), bool)
     out[0] = list(plan.first.values())
     for position, frame in enumerate(plan.frames[1:], start=1):
-        if plan.hidden[position]:
-            continue
-        masks = plan.record.masks(frame)
-        rows = [row for row, object_id in enumerate(plan.first) if object_id in masks]
-        out[position, rows] = plan.geometry.masks([masks[object_ids[row]] for row in rows])
+        masks = {} if plan.hidden[position] else plan.record.masks(frame)
+        plan.geometry.masks([masks.get(object_id) for object_id in plan.first], out[position])
     return torch.from_numpy(out)

@@ -59,7 +59,7 @@ def draw_sheet(
     """
     rng = np.random.default_rng(seed)
     plans = list(_plain_plans(dataset, item, image_size, rng, clips))
-    rows = [np.hstack([_cells(plan, plan, "before" if n == 0 else "") for n, plan in enumerate(plans)])]
+    rows = [np.hstack([_cells(plan, plan, f"before: {plan.record.name}") for plan in plans])]
     for name, config in _rows(augment):
         drawn = [_redrawn(plan, config, rng) for plan in plans]
         rows.append(np.hstack([_cells(new, old, name) for new, old in zip(drawn, plans, strict=True)]))
@@ -141,8 +141,7 @@ def _cells(plan: SamplePlan, before: SamplePlan, name: str) -> np.ndarray:
     for position, frame in enumerate(frames):
         cell = np.full((_CELL + _CAPTION + _GAP, _CELL + _GAP, 3), 255, np.uint8)
         cell[:_CELL, :_CELL] = cv2.resize(frame, (_CELL, _CELL), interpolation=cv2.INTER_AREA)
-        title = name or plan.record.name
-        lines = (f"{title}, frame {plan.frames[position]}", _drawn(plan, position, name))
+        lines = (f"{name}, frame {plan.frames[position]}", _drawn(plan, position, name))
         for number, line in enumerate(lines, start=1):
             cv2.putText(cell, line, (2, _CELL + 14 * number), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 1, cv2.LINE_AA)
         cells.append(cell)
@@ -177,13 +176,14 @@ def _halves(sharp: np.ndarray, soft: np.ndarray, plan: SamplePlan) -> np.ndarray
 def _drawn(plan: SamplePlan, position: int, name: str) -> str:
     """What was drawn, in the words of the config; empty where nothing was."""
     geometry, parts = plan.geometry, []
-    linear = geometry.affine()[:, :2] @ np.diag(np.array(plan.record.size)[::-1] / geometry.cell.side)
+    linear = np.diag(np.array(plan.record.size)[::-1] / geometry.cell.side) @ geometry.affine()[:, :2]
     mirrored = np.linalg.det(linear) < 0
     if mirrored:
         parts.append("flip")
     if geometry.matrix is not None:
-        angle = np.rad2deg(np.arctan2(linear[1, 0], linear[0, 0] * (-1 if mirrored else 1)))
-        parts.append(f"{angle:.0f} deg")
+        across, down = ([-1, 1] if mirrored else [1, 1]) * linear.T
+        angle, shear = np.rad2deg([np.arctan2(*across[::-1]), np.arctan(across @ down / (across @ across))])
+        parts.append(f"turn {angle:.0f} shear {shear:.0f}")
     elif abs(abs(linear[0, 0]) - 1) > 1e-3:
         parts.append(f"x{abs(linear[0, 0]):.2f}")
     factors = plan.colors[position]
