@@ -29,18 +29,12 @@ SAM2FAST_INLINE Words every_other(Words a, Words b, std::index_sequence<kIndex..
 }
 constexpr auto kSequence = std::make_index_sequence<kLanes>{};
 
-// Whole part and fraction in 1/256 of coordinates that are clamped to [0, size - 1].
-struct Position {
-  Int whole, fraction;
-};
-
-SAM2FAST_INLINE Position locate(float start, float step, Float index, int64_t size) {
-  const Float last = broadcast(static_cast<float>(size - 1));
-  Float at = start + index * step;
-  at = at > 0.0f ? at : Float{};
-  at = at < last ? at : last;
-  const Int whole = to_int(at);
-  return {whole, to_int((at - to_float(whole)) * 256.0f + 0.5f)};
+// Coordinates in 1/256, rounded and clamped to [0, size - 1].
+SAM2FAST_INLINE Int locate(float start, float step, Float index, int64_t size) {
+  const Int last = (Int{} + static_cast<int32_t>(size - 1)) * 256;
+  const Float at = (start * 256.0f + 0.5f) + index * (step * 256.0f);
+  const Int place = to_int(at > 0.0f ? at : Float{});
+  return place < last ? place : last;
 }
 
 SAM2FAST_INLINE Float indices(int64_t first) {
@@ -63,11 +57,13 @@ SAM2FAST_INLINE void locate_block(
     const Source<Element>& source, const Line& line, int64_t first, int64_t count, Block& block) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Float index = indices(first + i);
-    const Position x = locate(line.x, line.dx, index, source.width), y = locate(line.y, line.dy, index, source.height);
-    const Int diagonal = (x.fraction * y.fraction + 128) >> 8;
-    store(y.whole * static_cast<int32_t>(source.stride) + x.whole, block.place + i, kLanes);
-    store(x.fraction - diagonal, block.right + i, kLanes);
-    store(y.fraction - diagonal, block.below + i, kLanes);
+    const Int x = locate(line.x, line.dx, index, source.width), y = locate(line.y, line.dy, index, source.height);
+    const Int right = x & 255, below = y & 255;
+    const auto product = reinterpret_cast<Halves>(right) * reinterpret_cast<Halves>(below) + 128;  // below 2^16
+    const Int diagonal = reinterpret_cast<Int>(product) >> 8 & 255;
+    store((y >> 8) * static_cast<int32_t>(source.stride) + (x >> 8), block.place + i, kLanes);
+    store(right - diagonal, block.right + i, kLanes);
+    store(below - diagonal, block.below + i, kLanes);
     store(diagonal, block.diagonal + i, kLanes);
   }
 }

@@ -101,7 +101,7 @@ class Geometry:
         return out
 
     def masks(self, masks: Sequence[np.ndarray | None], out: np.ndarray | None = None) -> np.ndarray:
-        """bool [H, W] of each of N objects, None where one is absent, to [N, S, S], those of `out` where it is given."""
+        """bool [H, W] of each of N objects, None where one is absent, to [N, S, S], that of `out` where it is given."""
         out = np.empty((len(masks), self.side, self.side), bool) if out is None else out
         if self.mosaic:
             moved = self.cell.masks(masks)
