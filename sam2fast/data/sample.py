@@ -117,9 +117,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack clips of equal length and size; objects of all clips share one axis (`Batch.object_to_clip`)."""
     assert samples and len({sample.frames.shape for sample in samples}) == 1, [s.frames.shape for s in samples]
     counts = torch.tensor([sample.masks.shape[1] for sample in samples])
+    single = samples[0] if len(samples) == 1 else None  # whose tensors, tens of megabytes, are not copied
     return Batch(
-        frames=torch.stack([sample.frames for sample in samples]),
-        masks=torch.cat([sample.masks for sample in samples], dim=1),
+        frames=single.frames[None] if single else torch.stack([sample.frames for sample in samples]),
+        masks=single.masks if single else torch.cat([sample.masks for sample in samples], dim=1),
         object_to_clip=torch.repeat_interleave(torch.arange(len(samples)), counts),
         sample_ids=[sample.sample_id for sample in samples],
     )
