@@ -205,7 +205,7 @@ def _clips(run: _Run, state: RunState, index: int) -> ClipDataset:
             ranks.agree(lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None)
         )
     seed = [config.seed, state.stage, index]
-    return ClipDataset(dataset, item, stage.augment, config.model.image_size, seed, group, counts)
+    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, config.model.image_size, seed, group, counts))
 
 
 class _Validation:

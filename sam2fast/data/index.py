@@ -28,9 +28,10 @@ from .sample import DataError, Dataset, VideoRecord
 
 _VERSION = 1
 """Of what is counted and how it is stored."""
-_PATIENCE = 1.0
+_PATIENCE = 3.0
 """Seconds of counting in this process before others are started, which takes about as long."""
-_CHUNK = 32
+_PART = 1 << 20
+"""Records for which objects are drawn at a time; every loader process needs the memory."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,17 @@ class ObjectCounts:
 
     def draw(self, records: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Objects in a random frame of each of `records`, uint8; records without frames get the median of the rest."""
-        ends = self.ends.numpy()
-        starts = np.concatenate([[0], ends[:-1]])[records]
-        sizes = ends[records] - starts
-        known = sizes > 0
-        drawn = np.ones(len(records), np.uint8)
-        frames = starts[known] + (rng.random(int(known.sum())) * sizes[known]).astype(np.int64)
-        drawn[known] = self.counts.numpy()[frames]
-        if known.any():
-            drawn[~known] = np.median(drawn[known])
+        counts, ends = self.counts.numpy(), self.ends.numpy()
+        drawn = np.zeros(len(records), np.uint8)
+        for first in range(0, len(records), _PART):
+            part = records[first : first + _PART]
+            starts = np.where(part > 0, ends[part - 1], 0)
+            sizes = ends[part] - starts
+            frames = starts + (rng.random(len(part)) * sizes).astype(np.int64)
+            known = np.flatnonzero(sizes)
+            drawn[first + known] = counts[frames[known]]
+        found = drawn[drawn > 0]
+        drawn[drawn == 0] = np.median(found) if len(found) else 1
         return drawn
 
 
@@ -133,7 +136,8 @@ def _count_all(dataset: Dataset, item: MixItem, report: Callable[[str], None]) -
         return found
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     report(f"dataset {item.dataset!r}: counting the objects of {total} videos or images with {workers} processes, once")
-    chunks = [range(start, min(start + _CHUNK, total)) for start in range(len(found), total, _CHUNK)]
+    size = min(32, -(-(total - len(found)) // (4 * workers)))
+    chunks = [range(start, min(start + size, total)) for start in range(len(found), total, size)]
     # not forked from this process, which may hold a CUDA context and threads with locks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])

@@ -111,7 +111,7 @@ def _deal(objects: np.ndarray, start: int, group: int, rng: np.random.Generator)
     """Places of an epoch's samples such that the groups, which begin at multiples of `group`, have about equally many
     objects; the epoch begins at number `start`."""
     count = len(objects)
-    places = rng.permutation(count)
+    places = rng.permutation(np.arange(count, dtype=np.int32))
     places = places[np.argsort(objects[places], kind="stable")]  # those of equal number stay in random order
     head = min(-start % group, count)  # completes the group of the epoch before
     tail = (count - head) % group

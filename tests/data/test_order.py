@@ -55,6 +55,11 @@ def test_a_sample_does_not_depend_on_what_was_asked_before():
         assert samples[int(number)] == expected[number]
 
 
+def test_the_order_of_a_seed_stays_what_it_is():
+    # literal numbers: a run must go on with the same samples on another machine and with another numpy
+    assert records(SampleOrder(10, [5, 0, 1]), 0, 12) == [4, 0, 1, 8, 3, 5, 6, 9, 2, 7, 5, 1]
+
+
 def test_an_unbalanced_order_does_not_depend_on_the_group():
     assert records(order(group=8, balanced=False), 0, 300) == records(order(group=3, balanced=False), 0, 300)
 
