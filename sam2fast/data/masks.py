@@ -41,6 +41,10 @@ class FrameMasks(Mapping[int, np.ndarray]):
     def __len__(self) -> int:
         return len(self._areas)
 
+    def areas(self) -> tuple[list[int], int]:
+        """Pixels of every object as annotated, and of the frame."""
+        return list(self._areas.values()), self.size[0] * self.size[1]
+
     def area(self, object_id: int) -> int:
         """Pixels of an object as annotated, without decoding its mask."""
         return self._areas[object_id]

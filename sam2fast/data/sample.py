@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -48,6 +49,10 @@ class VideoRecord(Protocol):
         """Object id -> bool [H, W] of the objects that are visible in an annotated frame; absent ones are missing."""
         ...
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        """Pixels of each object visible in an annotated frame, and of the frame, as annotated. No frame is decoded."""
+        ...
+
 
 class Dataset(Protocol):
     """A sequence of records."""
@@ -57,6 +62,10 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> VideoRecord: ...
+
+    def sources(self) -> Iterable[Path]:
+        """Files of annotations, or folders of them where they are too many."""
+        ...
 
 
 @dataclass

@@ -55,6 +55,17 @@ class CocoImage:
                 runs[object_id] = parsed
         return run_length_masks(runs, self.size)
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        assert frame == 0, frame
+        size, runs = (self._entry["height"], self._entry["width"]), {}
+        for object_id, segmentation in self._entry["objects"]:
+            source = f"{self._json}, annotation {object_id} (image {self.name})"
+            if isinstance(segmentation, dict):
+                runs[object_id] = parse_rle(segmentation, source)
+            else:
+                runs[object_id] = polygons_to_runs(segmentation, size, source)
+        return run_length_masks(runs, size).areas()
+
     @cached_property
     def _bytes(self) -> bytes:
         return read_bytes(self._path)
@@ -77,6 +88,9 @@ class CocoDataset:
     def __getitem__(self, index: int) -> CocoImage:
         path, entry = Path(self._paths[index].decode()), json.loads(self._entries[index])
         return CocoImage(self._names[index].decode(), path, entry, self._json, self._warn)
+
+    def sources(self) -> list[Path]:
+        return [self._json]
 
 
 def open_coco(config: DatasetConfig, name: str, seed: int) -> CocoDataset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +73,16 @@ class Sa1bImage:
                 runs[number] = rle
         return run_length_masks(runs, self.size)
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        assert frame == 0, frame
+        runs = {
+            number: parse_rle(annotation["segmentation"], f"{self._annotation}, annotation {number}")
+            for number, annotation in enumerate(self._annotations)
+            if isinstance(annotation, dict) and "segmentation" in annotation
+        }
+        size = next(iter(runs.values()))[0] if runs else (1, 1)
+        return run_length_masks(runs, size).areas()
+
     @cached_property
     def _bytes(self) -> bytes:
         return self._image.read()
@@ -97,6 +108,8 @@ class Sa1bDataset:
         places = [place for _, *pair in pairs for place in pair]
         self._paths = Packed("\0".join(place[:2]).encode() for place in places)
         self._spans = torch.tensor([place[2:] for place in places], dtype=torch.int64).reshape(-1, 2, 2)
+        paths = {place.path if place.member else os.path.dirname(place.path) for _, _, place in pairs}
+        self._sources = [Path(path) for path in sorted(paths)]
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
@@ -108,6 +121,10 @@ class Sa1bDataset:
             for part in (0, 1)
         )
         return Sa1bImage(self._names[index].decode(), image, annotation, self._warn)
+
+    def sources(self) -> list[Path]:
+        """Tar files, and the folders of single files."""
+        return self._sources
 
 
 def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
@@ -167,7 +184,7 @@ def _tar_members(path: Path) -> list[_Place]:
                         _Place(str(path), name, offset, size)
                         for name, (offset, size) in zip(stored["names"].tolist(), stored["spans"].tolist(), strict=True)
                     ]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # written by something else, or damaged: it is only a cache
     try:
         with tarfile.open(path, "r:") as tar:

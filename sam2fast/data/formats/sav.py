@@ -66,6 +66,14 @@ class SavVideo:
                     runs[object_id] = parsed
         return run_length_masks(runs, self.size)
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        runs = {}
+        for track in self._tracks:
+            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
+                runs[object_id] = parse_rle(rle, f"{track.path}, frame {frame}, object {object_id}")
+        size, _ = next(iter(runs.values()))
+        return run_length_masks(runs, size).areas()
+
     @cached_property
     def _tracks(self) -> list[_Masklets]:
         return [_Masklets(path) for path in self._jsons]
@@ -135,6 +143,9 @@ class SavDataset:
 
     def __getitem__(self, index: int) -> SavVideo:
         return SavVideo(*self._videos[index], self._warn)
+
+    def sources(self) -> list[Path]:
+        return [path for _, _, jsons in self._videos for path in jsons]
 
 
 def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:

@@ -72,6 +72,9 @@ class FolderVideo:
         areas = {object_id: int(np.count_nonzero(mask)) for object_id, mask in per_object.items()}
         return FrameMasks(self.size, areas, per_object.__getitem__)
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        return self.masks(frame).areas()
+
     def _labels(self, path: Path) -> np.ndarray:
         labels = decode_labels(read_bytes(path), path)
         check_size(labels.shape, self.size, str(path), self._warn)
@@ -133,6 +136,9 @@ class VideoFolder:
 
     def __getitem__(self, index: int) -> FolderVideo:
         return FolderVideo(*self._videos[index], self._warn)
+
+    def sources(self) -> list[Path]:
+        return [masks for _, _, masks in self._videos]
 
 
 def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolder:
