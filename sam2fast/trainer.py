@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointStore, RunState
 from .config import Config, StageConfig, UserError
+from .data.dali import build_decoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
 from .data.sample import Batch
@@ -110,6 +111,7 @@ class StageTrainer:
         self.mixture = Mixture(self.stage, config.seed, state.stage)
         self.datasets = datasets
         self.loaders: dict[int, Iterator[Batch]] = {}
+        self.decoder = build_decoder(config.data, ranks.device)
 
     def train(self) -> None:
         """Run the stage.
@@ -159,6 +161,7 @@ class StageTrainer:
                 start=start,
                 workers=self.config.data.workers,
                 accumulate=self.stage.accumulate,
+                decoder=self.decoder,
             )
         return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
 

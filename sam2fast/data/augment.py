@@ -20,7 +20,7 @@ from ..config import AugmentConfig
 FILL = (124, 116, 104)
 """RGB outside of the image: the ImageNet mean, which normalization turns into 0."""
 
-_GRAY = np.array([0.299, 0.587, 0.114])
+GRAY = np.array([0.299, 0.587, 0.114])
 """Luma of RGB (ITU-R BT.601), as in torchvision's color transforms."""
 _PREFILTER_BELOW = 0.75
 _BLUR_SIGMA = (0.1, 2.0)
@@ -108,10 +108,14 @@ def adjust_colors(image: np.ndarray, brightness: float, contrast: float, saturat
     """
     if brightness == contrast == saturation == 1:
         return image
-    mean = brightness * (np.array(cv2.mean(image)[:3]) @ _GRAY)
-    mix = saturation * np.eye(3) + (1 - saturation) * np.tile(_GRAY, (3, 1))
-    matrix = np.column_stack([brightness * contrast * mix, np.full(3, (1 - contrast) * mean)])
+    mean = brightness * (np.array(cv2.mean(image)[:3]) @ GRAY)
+    matrix = np.column_stack([brightness * contrast * color_mix(saturation), np.full(3, (1 - contrast) * mean)])
     return cv2.transform(image, matrix.astype(np.float32))
+
+
+def color_mix(saturation: float) -> np.ndarray:
+    """Matrix [3, 3] that scales the distance of RGB to its gray."""
+    return saturation * np.eye(3) + (1 - saturation) * np.tile(GRAY, (3, 1))
 
 
 def draw_blur(config: AugmentConfig, side: int, rng: np.random.Generator) -> float:

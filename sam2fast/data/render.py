@@ -37,7 +37,7 @@ def render(plan: SamplePlan) -> Sample:
     Raises:
         DataError: a file of the record is damaged.
     """
-    return Sample(frames=_frames(plan), masks=_masks(plan), object_ids=list(plan.first), sample_id=plan.sample_id)
+    return Sample(frames=_frames(plan), masks=render_masks(plan), object_ids=list(plan.first), sample_id=plan.sample_id)
 
 
 def _frames(plan: SamplePlan) -> torch.Tensor:
@@ -55,7 +55,7 @@ def _frames(plan: SamplePlan) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def _masks(plan: SamplePlan) -> torch.Tensor:
+def render_masks(plan: SamplePlan) -> torch.Tensor:
     """bool [T, O, S, S]; objects are absent from hidden frames."""
     side = plan.geometry.side
     out = np.zeros((len(plan.frames), len(plan.first), side, side), bool)

@@ -53,7 +53,16 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         return len(self._dataset)
 
     def __getitem__(self, number: int) -> Sample:
-        """Sample `number`. A record without a visible object is replaced by another one, drawn for this number.
+        """Sample `number`.
+
+        Raises:
+            DataError: as `plan`.
+        """
+        return render(self.plan(number))
+
+    def plan(self, number: int) -> SamplePlan:
+        """What sample `number` is made of. A record without a visible object is replaced by another one, drawn for this
+        number.
 
         Raises:
             DataError: a defect of the data; or no visible object in any of many records.
@@ -64,7 +73,7 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         for _ in range(_MAX_DRAWS):
             plan = plan_sample(self._dataset[index], self._item, self._augment, self._image_size, rng)
             if plan is not None:
-                return render(plan)
+                return plan
             index = int(rng.integers(len(self)))
         raise DataError(
             f"dataset {self._item.dataset!r}: {_MAX_DRAWS} draws, the last {self._dataset[index].name!r}, found no "

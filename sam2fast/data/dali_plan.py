@@ -1,0 +1,166 @@
+"""What DALI needs to render plans: encoded frames, and the parameters of its graph as arrays. Made by loader workers,
+which never import DALI.
+
+The graph (`dali.py`) sees samples of F frames: each JPEG or PNG is one (F = 1), or each clip of a video (F = T). All
+frames of a sample share the geometry; colors are per frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+
+from .augment import FILL, Geometry, color_mix
+from .render import SamplePlan, render_masks
+from .sample import Batch, Sample, collate
+
+Kind = Literal["image", "frames", "video"]
+"""How frames reach the graph: encoded images, decoded clips [T, H, W, 3], or video files with frame numbers."""
+
+_SMOOTH_BELOW = 0.75
+"""Shrinking to under this uses a Gaussian filter, else a triangular one: whichever is closer to area averaging."""
+_TRIANGULAR, _GAUSSIAN = 1, 5
+"""Values of nvidia.dali.types.DALIInterpType: INTERP_LINEAR (antialiased where it shrinks) and INTERP_GAUSSIAN."""
+_BLANK = torch.from_numpy(cv2.imencode(".png", np.full((1, 1, 3), FILL[::-1], np.uint8))[1].ravel())
+"""Stands in for a hidden frame, which need not be decoded."""
+
+
+@dataclass
+class EncodedBatch:
+    """A batch whose frames are still to be decoded."""
+
+    batch: Batch
+    """All but the frames, which are [B, T, 3, 0, 0]."""
+    side: int
+    """S of the square that the frames are brought to."""
+    kind: Kind
+    data: list[torch.Tensor] | list[Path]
+    """By sample of the graph. image: uint8 [bytes]; frames: uint8 [T, H, W, 3]; video: the file."""
+    parameters: dict[str, np.ndarray]
+    """Inputs of the graph by name, the first axis over its samples."""
+    sources: list[str]
+    """What messages call each sample of the graph."""
+
+    def pin_memory(self) -> EncodedBatch:
+        """The masks in page-locked memory; DALI brings the frames there itself."""
+        return replace(self, batch=self.batch.pin_memory())
+
+
+def encode(plans: Sequence[SamplePlan], hardware_video: bool) -> EncodedBatch:
+    """Read the frames of plans without decoding them, and draw their masks.
+
+    Args:
+        hardware_video: leave mp4 files to DALI where its frame numbers are ours (`VideoReader.plain`).
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    kind = _kind(plans, hardware_video)
+    empty = [torch.empty(len(plan.frames), 3, 0, 0, dtype=torch.uint8) for plan in plans]
+    samples = [
+        Sample(frames=frames, masks=render_masks(plan), object_ids=list(plan.first), sample_id=plan.sample_id)
+        for plan, frames in zip(plans, empty, strict=True)
+    ]
+    data, parameters, sources = [], [], []
+    for plan in plans:
+        more, parts = _images(plan) if kind == "image" else _clip(plan, kind)
+        data += more
+        parameters += parts
+        sources += [plan.sample_id] * len(more)
+    stacked = {name: np.stack([part[name] for part in parameters]) for name in parameters[0]}
+    return EncodedBatch(collate(samples), plans[0].geometry.side, kind, data, stacked, sources)
+
+
+def _kind(plans: Sequence[SamplePlan], hardware_video: bool) -> Kind:
+    """One for all: a batch is one run of one graph."""
+    records = [plan.record for plan in plans]
+    if all(hasattr(record, "encoded") for record in records):
+        return "image"
+    return "video" if hardware_video and all(getattr(record, "plain_video", None) for record in records) else "frames"
+
+
+def _images(plan: SamplePlan) -> tuple[list[torch.Tensor], list[dict[str, np.ndarray]]]:
+    """Every frame as a sample of its own."""
+    shown = [frame for frame, hidden in zip(plan.frames, plan.hidden, strict=True) if not hidden]
+    encoded = iter(plan.record.encoded(shown))
+    geometry, colors = _geometry(plan.geometry), _colors(plan)
+    data, parameters = [], []
+    for position, hidden in enumerate(plan.hidden):
+        data.append(_BLANK if hidden else torch.frombuffer(bytearray(next(encoded)), dtype=torch.uint8))
+        color = {name: values[position : position + 1] for name, values in colors.items()}
+        parameters.append({**(_BLANK_GEOMETRY if hidden else geometry), **color, **_blur(plan.sigma)})
+    return data, parameters
+
+
+def _clip(plan: SamplePlan, kind: Kind) -> tuple[list, list[dict[str, np.ndarray]]]:
+    """All frames as one sample. Hidden ones are repetitions of the first, which costs no decoding."""
+    numbers = [plan.frames[0] if hidden else frame for frame, hidden in zip(plan.frames, plan.hidden, strict=True)]
+    parameters = {**_geometry(plan.geometry), **_colors(plan), **_blur(plan.sigma)}
+    if kind == "video":
+        return [plan.record.plain_video], [{**parameters, "numbers": np.array(numbers, np.int32)}]
+    return [torch.from_numpy(np.stack(plan.record.frames(numbers)))], [parameters]
+
+
+def _geometry(geometry: Geometry) -> dict[str, np.ndarray]:
+    """A resize of a rectangle of the image and an affine map of the result, from the square to it.
+
+    In both, (0, 0) is the corner of the first pixel. Without rotation or shear the map moves whole pixels and mirrors,
+    so that nothing is interpolated twice.
+    """
+    (rows, columns), side = geometry.source, geometry.side
+    source = np.array([rows.stop - rows.start, columns.stop - columns.start])
+    if geometry.matrix is None:
+        top, left = (part.start for part in geometry.target)
+        size = np.array([part.stop - part.start for part in geometry.target])
+        matrix = np.array([[1.0, 0, -left], [0, 1, -top]])
+        if geometry.flip:
+            matrix[0] = [-1, 0, side - left]
+    else:
+        # as `augment` does: an axis that shrinks much is brought to its final density before the warp
+        linear = geometry.matrix[:, :2]
+        density = np.linalg.norm(linear, axis=0)[::-1]
+        size = np.where(density < _SMOOTH_BELOW, np.maximum(1, np.rint(source * density)), source)
+        forward = np.vstack([np.column_stack([linear * (source / size)[::-1], geometry.matrix[:, 2]]), [0, 0, 1]])
+        forward[:2, 2] += 0.5 - linear.sum(axis=1) / 2  # from pixel centers to corners
+        matrix = np.linalg.inv(forward)[:2]
+    return _geometry_inputs(np.array([rows.start, columns.start]), source, size, matrix)
+
+
+def _geometry_inputs(start: np.ndarray, source: np.ndarray, size: np.ndarray, matrix: np.ndarray) -> dict:
+    shrink = _GAUSSIAN if (size / source).min() < _SMOOTH_BELOW else _TRIANGULAR
+    return {
+        "start": start.astype(np.int32),
+        "shape": source.astype(np.int32),
+        "size": size.astype(np.float32),
+        "shrink": np.array(shrink, np.int32),
+        "matrix": matrix.astype(np.float32),
+    }
+
+
+_BLANK_GEOMETRY = _geometry_inputs(np.zeros(2), np.ones(2), np.ones(2), np.eye(2, 3))
+
+
+def _colors(plan: SamplePlan) -> dict[str, np.ndarray]:
+    """RGB to RGBA for each frame: color [F, 4, 3] times the pixel, plus pivot [F, 4] times the mean gray of the frame,
+    plus base [F, 4]. Opacity A is 0 in hidden frames, whose every pixel takes the fill color then."""
+    count = len(plan.frames)
+    color, pivot, base = (np.zeros((count, *shape), np.float32) for shape in ((4, 3), (4,), (4,)))
+    for position, hidden in enumerate(plan.hidden):
+        if not hidden:
+            brightness, contrast, saturation = plan.colors[position]
+            color[position, :3] = brightness * contrast * color_mix(saturation)
+            pivot[position, :3] = brightness * (1 - contrast)
+            base[position, 3] = 255
+    return {"color": color, "pivot": pivot, "base": base}
+
+
+def _blur(sigma: float) -> dict[str, np.ndarray]:
+    """The window is that of OpenCV for 8-bit images; one of a single pixel changes nothing."""
+    window = int(np.rint(6 * sigma + 1)) | 1 if sigma > 0 else 1
+    return {"sigma": np.array(sigma or 1, np.float32), "window": np.array(window, np.int32)}
