@@ -135,10 +135,10 @@ class _Graph:
         """Begin to work on a batch."""
         if self._failed:
             return
-        self._pipeline.feed_input("data", [_as_array(item) for item in encoded.data])
-        for name, values in encoded.parameters.items():
-            self._pipeline.feed_input(name, list(values))
         try:
+            self._pipeline.feed_input("data", [_as_array(item) for item in encoded.data])
+            for name, values in encoded.parameters.items():
+                self._pipeline.feed_input(name, list(values))
             self._pipeline.schedule_run()
         except RuntimeError:  # of a batch that was started before: `result` says of which
             self._failed = True
@@ -174,7 +174,7 @@ def build_pipeline(kind: Kind, side: int, batch_size: int, device_id: int | None
     pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         frames = _decoded(kind, device_id is not None)  # uint8 [F, H, W, 3]
-        pipeline.set_outputs(_augmented(frames, side))
+        pipeline.set_outputs(_augmented(frames, side, device_id is not None))
     return pipeline
 
 
@@ -194,14 +194,14 @@ def _decoded(kind: Kind, gpu: bool) -> Any:
     return fn.expand_dims(image, axes=0, new_axis_names="F")
 
 
-def _augmented(frames: Any, side: int) -> Any:
+def _augmented(frames: Any, side: int, gpu: bool) -> Any:
     """uint8 [F, H, W, 3] to [F, 3, S, S]. Each step does what the one of `augment` does that its name says."""
     from nvidia.dali import fn, types
 
     luma = types.Constant(GRAY.astype(np.float32), device="cpu")
     mean = fn.reductions.mean(frames, axes=(1, 2)).cpu()  # [F, 3]; parameters of GPU operators are read on the host
     gray = fn.reductions.sum(mean * luma, axes=1, keep_dims=True)  # [F, 1]
-    offset = gray * _input("pivot", types.FLOAT, 2) + _input("base", types.FLOAT, 2)  # [F, 4]
+    offset = gray * _input("pivot", types.FLOAT, 2) + _input("base", types.FLOAT, 2)
     # after the mean, before all else: a resize of a part would look at pixels outside of it
     frames = fn.slice(
         frames, start=_input("start", types.INT32, 1), shape=_input("shape", types.INT32, 1), axes=(1, 2)
@@ -216,11 +216,11 @@ def _augmented(frames: Any, side: int) -> Any:
         mag_filter=types.INTERP_LINEAR,
         min_filter=shrink,
     )
-    matrix = _input("matrix", types.FLOAT, 2)
-    frames = fn.warp_affine(frames, matrix=matrix, size=(side, side), fill_value=0, interp_type=types.INTERP_LINEAR)
-    fill = np.array(FILL, np.float32)  # shows where the opacity is below 255
-    blend = np.column_stack([np.eye(3, dtype=np.float32), -fill / 255])
-    frames = fn.coord_transform(frames, M=blend, T=fill, dtype=types.UINT8)
+    warp = {"matrix": _input("matrix", types.FLOAT, 2), "size": (side, side)}
+    inside = fn.warp_affine(fn.reinterpret(fn.ones_like(frames), layout="FHWC"), **warp, fill_value=0, interp_type=types.INTERP_NN)
+    frames = fn.warp_affine(frames, **warp, interp_type=types.INTERP_LINEAR) * inside
+    fill = types.Constant(np.array(FILL, np.uint8), device="gpu" if gpu else "cpu")
+    frames += fill * (inside ^ types.Constant(np.uint8(1)))
     frames = fn.gaussian_blur(
         frames, sigma=_input("sigma", types.FLOAT, 0), window_size=_input("window", types.INT32, 0)
     )

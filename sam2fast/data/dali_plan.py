@@ -147,17 +147,15 @@ _BLANK_GEOMETRY = _geometry_inputs(np.zeros(2), np.ones(2), np.ones(2), np.eye(2
 
 
 def _colors(plan: SamplePlan) -> dict[str, np.ndarray]:
-    """RGB to RGBA for each frame: color [F, 4, 3] times the pixel, plus pivot [F, 4] times the mean gray of the frame,
-    plus base [F, 4]. Opacity A is 0 in hidden frames, whose every pixel takes the fill color then."""
-    count = len(plan.frames)
-    color, pivot, base = (np.zeros((count, *shape), np.float32) for shape in ((4, 3), (4,), (4,)))
-    for position, hidden in enumerate(plan.hidden):
-        if not hidden:
-            brightness, contrast, saturation = plan.colors[position]
-            color[position, :3] = brightness * contrast * color_mix(saturation)
-            pivot[position, :3] = brightness * (1 - contrast)
-            base[position, 3] = 255
-    return {"color": color, "pivot": pivot, "base": base}
+    """For each frame: color [F, 3, 3] times the pixel, plus pivot [F, 1] times the mean gray of the frame, plus base [F, 3].
+    In hidden frames that is the fill color."""
+    shown = ~np.array(plan.hidden)
+    brightness, contrast, saturation = plan.colors.T
+    mix = np.stack([color_mix(value) for value in saturation])
+    color = (shown * brightness * contrast)[:, None, None] * mix
+    pivot = (shown * brightness * (1 - contrast))[:, None]
+    base = ~shown[:, None] * np.array(FILL)
+    return {"color": color.astype(np.float32), "pivot": pivot.astype(np.float32), "base": base.astype(np.float32)}
 
 
 def _blur(sigma: float) -> dict[str, np.ndarray]:
