@@ -128,6 +128,9 @@ class AugmentConfig(Section):
     frame_saturation: NonNegative = 0.0
     grayscale: Probability = 0.0
     blur: Probability = 0.1
+    mosaic: Probability = 0.0
+    """Four cells show the same frame, and the objects are annotated in one of them (0.1 in the paper's second version,
+    off in the official config)."""
 
     @field_validator("scale")
     @classmethod

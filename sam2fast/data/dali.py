@@ -91,7 +91,7 @@ class DaliDecoder:
         Raises:
             DataError: from the iterator: that of `batches`, or a frame that DALI cannot decode.
         """
-        graphs: dict[Kind, _Graph] = {}
+        graphs: dict[tuple[Kind, bool], _Graph] = {}
         running: deque[EncodedBatch] = deque()
         problem: DataError | None = None
         try:
@@ -102,16 +102,20 @@ class DaliDecoder:
                     except DataError as error:  # after the batches before it
                         problem = error
                         break
-                    if encoded.kind not in graphs:
-                        graphs[encoded.kind] = _Graph(encoded, self)
-                    graphs[encoded.kind].start(encoded)
+                    if _key(encoded) not in graphs:
+                        graphs[_key(encoded)] = _Graph(encoded, self)
+                    graphs[_key(encoded)].start(encoded)
                     running.append(encoded)
                 if not running:
                     raise problem
                 encoded = running.popleft()
-                yield replace(encoded.batch, frames=graphs[encoded.kind].result(encoded))
+                yield replace(encoded.batch, frames=graphs[_key(encoded)].result(encoded))
         finally:
             batches.close()
+
+
+def _key(encoded: EncodedBatch) -> tuple[Kind, bool]:
+    return encoded.kind, encoded.mosaic
 
 
 class _Graph:
@@ -123,6 +127,7 @@ class _Graph:
         gpu = decoder.device.type == "cuda"
         self._pipeline = build_pipeline(
             example.kind,
+            example.mosaic,
             side=example.side,
             batch_size=len(example.data),
             device_id=(decoder.device.index or 0) if gpu else None,
@@ -155,11 +160,14 @@ class _Graph:
         return tensor.reshape(*self._shapes, *tensor.shape[2:])
 
 
-def build_pipeline(kind: Kind, side: int, batch_size: int, device_id: int | None, threads: int) -> Pipeline:
+def build_pipeline(
+    kind: Kind, mosaic: bool, side: int, batch_size: int, device_id: int | None, threads: int
+) -> Pipeline:
     """The graph; its inputs are `data` and the parameters that `dali_plan.encode` makes.
 
     Args:
         kind: of the frames that are fed, see `dali_plan.Kind`.
+        mosaic: whether the graph can make mosaics, for which it handles four times the pixels of the square.
         side: S of the square that frames are brought to.
         batch_size: the most samples of one run.
         device_id: the GPU; None works on the CPU.
@@ -174,7 +182,7 @@ def build_pipeline(kind: Kind, side: int, batch_size: int, device_id: int | None
     pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         frames = _decoded(kind, device_id is not None)  # uint8 [F, H, W, 3]
-        pipeline.set_outputs(_augmented(frames, side, device_id is not None))
+        pipeline.set_outputs(_augmented(frames, side, device_id is not None, mosaic))
     return pipeline
 
 
@@ -194,37 +202,48 @@ def _decoded(kind: Kind, gpu: bool) -> Any:
     return fn.expand_dims(image, axes=0, new_axis_names="F")
 
 
-def _augmented(frames: Any, side: int, gpu: bool) -> Any:
-    """uint8 [F, H, W, 3] to [F, 3, S, S]. Each step does what the one of `augment` does that its name says."""
+def _augmented(frames: Any, side: int, gpu: bool, mosaic: bool) -> Any:
+    """uint8 [F, H, W, 3] to [F, 3, S, S], with the parameters of `dali_plan`."""
     from nvidia.dali import fn, types
 
     luma = types.Constant(GRAY.astype(np.float32), device="cpu")
     mean = fn.reductions.mean(frames, axes=(1, 2)).cpu()  # [F, 3]; parameters of GPU operators are read on the host
     gray = fn.reductions.sum(mean * luma, axes=1, keep_dims=True)  # [F, 1]
-    offset = gray * _input("pivot", types.FLOAT, 2) + _input("base", types.FLOAT, 2)
-    # after the mean, before all else: a resize of a part would look at pixels outside of it
+    # a resize of a part of the image would look at pixels outside of it
     frames = fn.slice(
         frames, start=_input("start", types.INT32, 1), shape=_input("shape", types.INT32, 1), axes=(1, 2)
     )
-    frames = fn.coord_transform(
-        frames, M=fn.per_frame(_input("color", types.FLOAT, 3)), T=fn.per_frame(offset), dtype=types.UINT8
-    )
     shrink = fn.reinterpret(_input("shrink", types.INT32, 0), dtype=types.INTERP_TYPE)
     frames = fn.resize(
-        frames,
-        size=_input("size", types.FLOAT, 1),
-        mag_filter=types.INTERP_LINEAR,
-        min_filter=shrink,
+        frames, size=_input("size", types.FLOAT, 1), mag_filter=types.INTERP_LINEAR, min_filter=shrink
     )
-    warp = {"matrix": _input("matrix", types.FLOAT, 2), "size": (side, side)}
-    inside = fn.warp_affine(fn.reinterpret(fn.ones_like(frames), layout="FHWC"), **warp, fill_value=0, interp_type=types.INTERP_NN)
-    frames = fn.warp_affine(frames, **warp, interp_type=types.INTERP_LINEAR) * inside
+    warp = {"matrix": _input("matrix", types.FLOAT, 2), "size": _input("square", types.FLOAT, 1)}
+    everywhere = fn.reinterpret(fn.ones_like(frames), layout="FHWC")
+    inside = fn.warp_affine(everywhere, **warp, fill_value=0, interp_type=types.INTERP_NN)
+    frames = fn.warp_affine(frames, **warp, interp_type=types.INTERP_LINEAR)
+    frames = fn.coord_transform(
+        frames,
+        M=fn.per_frame(_input("color", types.FLOAT, 3)),
+        T=fn.per_frame(gray * _input("pivot", types.FLOAT, 2) + _input("base", types.FLOAT, 2)),
+        dtype=types.UINT8,
+    )
     fill = types.Constant(np.array(FILL, np.uint8), device="gpu" if gpu else "cpu")
-    frames += fill * (inside ^ types.Constant(np.uint8(1)))
+    frames = frames * inside + fill * (inside ^ types.Constant(np.uint8(1)))
+    if mosaic:
+        frames = _mosaic(frames, side)
     frames = fn.gaussian_blur(
         frames, sigma=_input("sigma", types.FLOAT, 0), window_size=_input("window", types.INT32, 0)
     )
     return fn.transpose(frames, perm=(0, 3, 1, 2))
+
+
+def _mosaic(frames: Any, side: int) -> Any:
+    """Two by two cells, each mirrored or not. Samples without a mosaic lie in the first one, whose side is S then."""
+    from nvidia.dali import fn, types
+
+    cells = [fn.flip(frames, horizontal=_input(f"flip{cell}", types.INT32, 0)) for cell in range(4)]
+    rows = [fn.cat(*cells[:2], axis=2), fn.cat(*cells[2:], axis=2)]
+    return fn.slice(fn.cat(*rows, axis=1), start=(0, 0), shape=(side, side), axes=(1, 2))
 
 
 def _input(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Any:

@@ -23,6 +23,9 @@ from .sample import Batch, Sample, collate
 Kind = Literal["image", "frames", "video"]
 """How frames reach the graph: encoded images, decoded clips [T, H, W, 3], or video files with frame numbers."""
 
+Parameters = dict[str, np.ndarray]
+"""Inputs of the graph by name; see `dali.build_pipeline`."""
+
 _SMOOTH_BELOW = 0.75
 """Shrinking to under this uses a Gaussian filter, else a triangular one: whichever is closer to area averaging."""
 _TRIANGULAR, _GAUSSIAN = 1, 5
@@ -40,9 +43,11 @@ class EncodedBatch:
     side: int
     """S of the square that the frames are brought to."""
     kind: Kind
+    mosaic: bool
+    """Whether a sample is one."""
     data: list[torch.Tensor] | list[Path]
     """By sample of the graph. image: uint8 [bytes]; frames: uint8 [T, H, W, 3]; video: the file."""
-    parameters: dict[str, np.ndarray]
+    parameters: Parameters
     """Inputs of the graph by name, the first axis over its samples."""
     sources: list[str]
     """What messages call each sample of the graph."""
@@ -68,13 +73,15 @@ def encode(plans: Sequence[SamplePlan], hardware_video: bool) -> EncodedBatch:
         for plan, frames in zip(plans, empty, strict=True)
     ]
     data, parameters, sources = [], [], []
+    mosaic = any(plan.geometry.mosaic for plan in plans)
     for plan in plans:
-        more, parts = _images(plan) if kind == "image" else _clip(plan, kind)
+        shared = {**_blur(plan.sigma), **(_mosaic(plan.geometry) if mosaic else {})}
+        more, parts = _images(plan, shared) if kind == "image" else _clip(plan, shared, kind)
         data += more
         parameters += parts
         sources += [plan.sample_id] * len(more)
     stacked = {name: np.stack([part[name] for part in parameters]) for name in parameters[0]}
-    return EncodedBatch(collate(samples), plans[0].geometry.side, kind, data, stacked, sources)
+    return EncodedBatch(collate(samples), plans[0].geometry.side, kind, mosaic, data, stacked, sources)
 
 
 def _kind(plans: Sequence[SamplePlan], hardware_video: bool) -> Kind:
@@ -85,35 +92,38 @@ def _kind(plans: Sequence[SamplePlan], hardware_video: bool) -> Kind:
     return "video" if hardware_video and all(getattr(record, "plain_video", None) for record in records) else "frames"
 
 
-def _images(plan: SamplePlan) -> tuple[list[torch.Tensor], list[dict[str, np.ndarray]]]:
+def _images(plan: SamplePlan, shared: Parameters) -> tuple[list[torch.Tensor], list[Parameters]]:
     """Every frame as a sample of its own."""
     shown = [frame for frame, hidden in zip(plan.frames, plan.hidden, strict=True) if not hidden]
     encoded = iter(plan.record.encoded(shown))
     geometry, colors = _geometry(plan.geometry), _colors(plan)
+    one = np.ones(2)
+    blank = _geometry_inputs(np.zeros(2), one, one, np.eye(2, 3), plan.geometry.cell.side)
     data, parameters = [], []
     for position, hidden in enumerate(plan.hidden):
         data.append(_BLANK if hidden else torch.frombuffer(bytearray(next(encoded)), dtype=torch.uint8))
         color = {name: values[position : position + 1] for name, values in colors.items()}
-        parameters.append({**(_BLANK_GEOMETRY if hidden else geometry), **color, **_blur(plan.sigma)})
+        parameters.append({**(blank if hidden else geometry), **color, **shared})
     return data, parameters
 
 
-def _clip(plan: SamplePlan, kind: Kind) -> tuple[list, list[dict[str, np.ndarray]]]:
+def _clip(plan: SamplePlan, shared: Parameters, kind: Kind) -> tuple[list, list[Parameters]]:
     """All frames as one sample. Hidden ones are repetitions of the first, which costs no decoding."""
     numbers = [plan.frames[0] if hidden else frame for frame, hidden in zip(plan.frames, plan.hidden, strict=True)]
-    parameters = {**_geometry(plan.geometry), **_colors(plan), **_blur(plan.sigma)}
+    parameters = {**_geometry(plan.geometry), **_colors(plan), **shared}
     if kind == "video":
         return [plan.record.plain_video], [{**parameters, "numbers": np.array(numbers, np.int32)}]
     return [torch.from_numpy(np.stack(plan.record.frames(numbers)))], [parameters]
 
 
-def _geometry(geometry: Geometry) -> dict[str, np.ndarray]:
-    """A resize of a rectangle of the image and an affine map of the result, from the square to it.
+def _geometry(geometry: Geometry) -> Parameters:
+    """A resize of a rectangle of the image and an affine map of the result, from the square, or a cell of the mosaic, to
+    it.
 
     In both, (0, 0) is the corner of the first pixel. Without rotation or shear the map moves whole pixels and mirrors,
     so that nothing is interpolated twice.
     """
-    (rows, columns), side = geometry.source, geometry.side
+    (rows, columns), side = geometry.source, geometry.cell.side
     source = np.array([rows.stop - rows.start, columns.stop - columns.start])
     if geometry.matrix is None:
         top, left = (part.start for part in geometry.target)
@@ -129,10 +139,12 @@ def _geometry(geometry: Geometry) -> dict[str, np.ndarray]:
         forward = np.vstack([np.column_stack([linear * (source / size)[::-1], geometry.matrix[:, 2]]), [0, 0, 1]])
         forward[:2, 2] += 0.5 - linear.sum(axis=1) / 2  # from pixel centers to corners
         matrix = np.linalg.inv(forward)[:2]
-    return _geometry_inputs(np.array([rows.start, columns.start]), source, size, matrix)
+    return _geometry_inputs(np.array([rows.start, columns.start]), source, size, matrix, side)
 
 
-def _geometry_inputs(start: np.ndarray, source: np.ndarray, size: np.ndarray, matrix: np.ndarray) -> dict:
+def _geometry_inputs(
+    start: np.ndarray, source: np.ndarray, size: np.ndarray, matrix: np.ndarray, side: int
+) -> Parameters:
     shrink = _GAUSSIAN if (size / source).min() < _SMOOTH_BELOW else _TRIANGULAR
     return {
         "start": start.astype(np.int32),
@@ -140,13 +152,13 @@ def _geometry_inputs(start: np.ndarray, source: np.ndarray, size: np.ndarray, ma
         "size": size.astype(np.float32),
         "shrink": np.array(shrink, np.int32),
         "matrix": matrix.astype(np.float32),
+        "square": np.array([side, side], np.float32),
     }
 
 
-_BLANK_GEOMETRY = _geometry_inputs(np.zeros(2), np.ones(2), np.ones(2), np.eye(2, 3))
 
 
-def _colors(plan: SamplePlan) -> dict[str, np.ndarray]:
+def _colors(plan: SamplePlan) -> Parameters:
     """For each frame: color [F, 3, 3] times the pixel, plus pivot [F, 1] times the mean gray of the frame, plus base [F, 3].
     In hidden frames that is the fill color."""
     shown = ~np.array(plan.hidden)
@@ -158,7 +170,13 @@ def _colors(plan: SamplePlan) -> dict[str, np.ndarray]:
     return {"color": color.astype(np.float32), "pivot": pivot.astype(np.float32), "base": base.astype(np.float32)}
 
 
-def _blur(sigma: float) -> dict[str, np.ndarray]:
+def _blur(sigma: float) -> Parameters:
     """The window is that of OpenCV for 8-bit images; one of a single pixel changes nothing."""
     window = int(np.rint(6 * sigma + 1)) | 1 if sigma > 0 else 1
     return {"sigma": np.array(sigma or 1, np.float32), "window": np.array(window, np.int32)}
+
+
+def _mosaic(geometry: Geometry) -> Parameters:
+    """Which of the four cells are mirrored; without a mosaic the first cell is the square, and the others are cut off."""
+    flips = geometry.mosaic.flips if geometry.mosaic else (False,) * 4
+    return {f"flip{cell}": np.array(flip, np.int32) for cell, flip in enumerate(flips)}
