@@ -1,19 +1,18 @@
 """Frames decoded and augmented by NVIDIA DALI: on a GPU by its JPEG and video decoders, or on a CPU to compare.
 
 Which sample comes when, and all that is drawn of it, is decided by our own sampler (`sampling.ClipDataset`). Loader
-workers make the plans, read the encoded frames and draw the masks (`dali_plan`); the trainer's process feeds them to one
-DALI graph, which decodes every frame, changes its colors, resamples it once and gives uint8 [3, S, S] on the device. So
-the samples and their order are those of the OpenCV back end, and a run resumes from its step number alone: DALI keeps no
-state.
+workers make the plans, read the encoded frames and draw the masks (`dali_plan`). The trainer's process feeds them to one
+DALI graph, which decodes every frame, resamples it once, changes its colors and gives uint8 [3, S, S] on the device.
+
+So the samples and their order are those of the OpenCV back end, and DALI keeps no state: a run resumes by sample number.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 
 from ..config import ConfigError, DataConfig
 from .augment import FILL, GRAY
-from .dali_plan import EncodedBatch, Kind, encode
+from .dali_plan import EncodedBatch, EncodedSample, Kind, encode
 from .files import decode_image
 from .render import SamplePlan
 from .sample import Batch, DataError
@@ -69,7 +68,7 @@ def build_decoder(config: DataConfig, device: torch.device) -> DaliDecoder | Non
 
 @dataclass(frozen=True)
 class DaliDecoder:
-    """Two halves of rendering: `encode` in the loader's workers, `decode` in the trainer's process."""
+    """Two halves of rendering: `encode` in the loader's workers, and `decode` in the trainer's process."""
 
     device: torch.device
     prefetch: int = 2
@@ -77,13 +76,14 @@ class DaliDecoder:
     threads: int = 1
     """CPU threads of DALI."""
 
-    def encode(self, plans: Sequence[SamplePlan]) -> EncodedBatch:
-        """Read what `decode` needs. On a CPU videos are decoded here, since DALI decodes few codecs there.
+    def encode(self, plan: SamplePlan) -> EncodedSample:
+        """Read what `decode` needs of a sample; `dali_plan.assemble` makes batches of several. On a CPU videos are
+        decoded here, since DALI decodes few codecs there.
 
         Raises:
             DataError: a file is damaged.
         """
-        return encode(plans, hardware_video=self.device.type == "cuda")
+        return encode(plan, hardware_video=self.device.type == "cuda")
 
     def decode(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
         """Batches with their frames on the device, in the order given. Closing the iterator closes `batches`.
@@ -129,7 +129,7 @@ class _Graph:
             example.kind,
             example.mosaic,
             side=example.side,
-            batch_size=len(example.data),
+            batch_size=len(example.parameters["sigma"]),
             device_id=(decoder.device.index or 0) if gpu else None,
             threads=decoder.threads,
         )
@@ -141,7 +141,7 @@ class _Graph:
         if self._failed:
             return
         try:
-            self._pipeline.feed_input("data", [_as_array(item) for item in encoded.data])
+            self._pipeline.feed_input("data", encoded.arrays())
             for name, values in encoded.parameters.items():
                 self._pipeline.feed_input(name, list(values))
             self._pipeline.schedule_run()
@@ -210,13 +210,9 @@ def _augmented(frames: Any, side: int, gpu: bool, mosaic: bool) -> Any:
     mean = fn.reductions.mean(frames, axes=(1, 2)).cpu()  # [F, 3]; parameters of GPU operators are read on the host
     gray = fn.reductions.sum(mean * luma, axes=1, keep_dims=True)  # [F, 1]
     # a resize of a part of the image would look at pixels outside of it
-    frames = fn.slice(
-        frames, start=_input("start", types.INT32, 1), shape=_input("shape", types.INT32, 1), axes=(1, 2)
-    )
+    frames = fn.slice(frames, start=_input("start", types.INT32, 1), shape=_input("shape", types.INT32, 1), axes=(1, 2))
     shrink = fn.reinterpret(_input("shrink", types.INT32, 0), dtype=types.INTERP_TYPE)
-    frames = fn.resize(
-        frames, size=_input("size", types.FLOAT, 1), mag_filter=types.INTERP_LINEAR, min_filter=shrink
-    )
+    frames = fn.resize(frames, size=_input("size", types.FLOAT, 1), mag_filter=types.INTERP_LINEAR, min_filter=shrink)
     warp = {"matrix": _input("matrix", types.FLOAT, 2), "size": _input("square", types.FLOAT, 1)}
     everywhere = fn.reinterpret(fn.ones_like(frames), layout="FHWC")
     inside = fn.warp_affine(everywhere, **warp, fill_value=0, interp_type=types.INTERP_NN)
@@ -252,20 +248,17 @@ def _input(name: str, dtype: Any, dimensions: int, layout: str | None = None) ->
     return fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout)
 
 
-def _as_array(item: torch.Tensor | Path) -> np.ndarray:
-    return np.memmap(item, np.uint8, mode="r") if isinstance(item, Path) else item.numpy()
-
-
 def _undecodable(encoded: EncodedBatch, error: RuntimeError) -> DataError:
     """Names the sample: an image that OpenCV cannot decode either, else all of the batch."""
+    ids = encoded.batch.sample_ids
     if encoded.kind == "image":
-        for data, source in zip(encoded.data, encoded.sources, strict=True):
+        for number, data in enumerate(encoded.arrays()):
             try:
-                decode_image(data.numpy().tobytes(), f"a frame of sample {source}")
+                decode_image(data.tobytes(), f"a frame of sample {ids[number // encoded.batch.num_frames]}")
             except DataError as found:
                 return found
     lines = [line for line in str(error).splitlines() if "ailed" in line or "rror" in line] or [str(error)]
     return DataError(
-        f"DALI cannot decode a frame of {', '.join(dict.fromkeys(encoded.sources))}: {lines[-1].strip()}; restore the "
+        f"DALI cannot decode a frame of {', '.join(ids)}: {lines[-1].strip()}; restore the "
         "file from the source, name it in the dataset's `exclude`, or set data.backend=opencv"
     )

@@ -26,12 +26,27 @@ Kind = Literal["image", "frames", "video"]
 Parameters = dict[str, np.ndarray]
 """Inputs of the graph by name; see `dali.build_pipeline`."""
 
+_FRAME_INPUTS = ("color", "pivot", "base")
+_MOSAIC_INPUTS = ("flip0", "flip1", "flip2", "flip3")
 _SMOOTH_BELOW = 0.75
 """Shrinking to under this uses a Gaussian filter, else a triangular one: whichever is closer to area averaging."""
 _TRIANGULAR, _GAUSSIAN = 1, 5
 """Values of nvidia.dali.types.DALIInterpType: INTERP_LINEAR (antialiased where it shrinks) and INTERP_GAUSSIAN."""
 _BLANK = torch.from_numpy(cv2.imencode(".png", np.full((1, 1, 3), FILL[::-1], np.uint8))[1].ravel())
 """Stands in for a hidden frame, which need not be decoded."""
+
+
+@dataclass
+class EncodedSample:
+    """A sample whose frames are still to be decoded."""
+
+    plan: SamplePlan
+    kind: Kind
+    masks: torch.Tensor
+    """As in `sample.Sample`."""
+    data: list[torch.Tensor] | list[Path]
+    """By sample of the graph. image: uint8 [bytes]; frames: uint8 [T, H, W, 3]; video: the file."""
+    parameters: list[Parameters]
 
 
 @dataclass
@@ -46,19 +61,17 @@ class EncodedBatch:
     mosaic: bool
     """Whether a sample is one."""
     data: list[torch.Tensor] | list[Path]
-    """By sample of the graph. image: uint8 [bytes]; frames: uint8 [T, H, W, 3]; video: the file."""
+    """As in `EncodedSample`, of all samples."""
     parameters: Parameters
-    """Inputs of the graph by name, the first axis over its samples."""
-    sources: list[str]
-    """What messages call each sample of the graph."""
+    """The first axis over samples of the graph."""
 
     def pin_memory(self) -> EncodedBatch:
         """The masks in page-locked memory; DALI brings the frames there itself."""
         return replace(self, batch=self.batch.pin_memory())
 
 
-def encode(plans: Sequence[SamplePlan], hardware_video: bool) -> EncodedBatch:
-    """Read the frames of plans without decoding them, and draw their masks.
+def encode(plan: SamplePlan, hardware_video: bool) -> EncodedSample:
+    """Read the frames of a plan without decoding them, and draw its masks.
 
     Args:
         hardware_video: leave mp4 files to DALI where its frame numbers are ours (`VideoReader.plain`).
@@ -66,54 +79,75 @@ def encode(plans: Sequence[SamplePlan], hardware_video: bool) -> EncodedBatch:
     Raises:
         DataError: a file is damaged.
     """
-    kind = _kind(plans, hardware_video)
-    empty = [torch.empty(len(plan.frames), 3, 0, 0, dtype=torch.uint8) for plan in plans]
-    samples = [
-        Sample(frames=frames, masks=render_masks(plan), object_ids=list(plan.first), sample_id=plan.sample_id)
-        for plan, frames in zip(plans, empty, strict=True)
+    masks = render_masks(plan)
+    if hasattr(plan.record, "encoded"):
+        return EncodedSample(plan, "image", masks, *_images(plan))
+    video = getattr(plan.record, "plain_video", None) if hardware_video else None
+    if video is None:
+        return EncodedSample(plan, "frames", masks, *_decoded_clip(plan))
+    return EncodedSample(plan, "video", masks, [video], [{**_clip_parameters(plan), "numbers": _clip_numbers(plan)}])
+
+
+def assemble(samples: Sequence[EncodedSample]) -> EncodedBatch:
+    """What `sample.collate` is for decoded ones. A batch is one run of one graph, so its samples become of one kind.
+
+    Raises:
+        DataError: a video that has to be decoded for that is damaged.
+    """
+    if len({sample.kind for sample in samples}) > 1:
+        pairs = [_decoded_clip(sample.plan) for sample in samples]
+        samples = [
+            replace(sample, kind="frames", data=data, parameters=parameters)
+            for sample, (data, parameters) in zip(samples, pairs, strict=True)
+        ]
+    mosaic = any(sample.plan.geometry.mosaic for sample in samples)
+    parameters = [part for sample in samples for part in sample.parameters]
+    names = [name for name in parameters[0] if mosaic or name not in _MOSAIC_INPUTS]
+    plans = [sample.plan for sample in samples]
+    without_frames = [
+        Sample(
+            torch.empty(len(plan.frames), 3, 0, 0, dtype=torch.uint8), sample.masks, list(plan.first), plan.sample_id
+        )
+        for plan, sample in zip(plans, samples, strict=True)
     ]
-    data, parameters, sources = [], [], []
-    mosaic = any(plan.geometry.mosaic for plan in plans)
-    for plan in plans:
-        shared = {**_blur(plan.sigma), **(_mosaic(plan.geometry) if mosaic else {})}
-        more, parts = _images(plan, shared) if kind == "image" else _clip(plan, shared, kind)
-        data += more
-        parameters += parts
-        sources += [plan.sample_id] * len(more)
-    stacked = {name: np.stack([part[name] for part in parameters]) for name in parameters[0]}
-    return EncodedBatch(collate(samples), plans[0].geometry.side, kind, mosaic, data, stacked, sources)
+    return EncodedBatch(
+        batch=collate(without_frames),
+        side=plans[0].geometry.side,
+        kind=samples[0].kind,
+        mosaic=mosaic,
+        data=[item for sample in samples for item in sample.data],
+        parameters={name: np.stack([part[name] for part in parameters]) for name in names},
+    )
 
 
-def _kind(plans: Sequence[SamplePlan], hardware_video: bool) -> Kind:
-    """One for all: a batch is one run of one graph."""
-    records = [plan.record for plan in plans]
-    if all(hasattr(record, "encoded") for record in records):
-        return "image"
-    return "video" if hardware_video and all(getattr(record, "plain_video", None) for record in records) else "frames"
-
-
-def _images(plan: SamplePlan, shared: Parameters) -> tuple[list[torch.Tensor], list[Parameters]]:
-    """Every frame as a sample of its own."""
+def _images(plan: SamplePlan) -> tuple[list[torch.Tensor], list[Parameters]]:
+    """Every frame as a sample of the graph."""
     shown = [frame for frame, hidden in zip(plan.frames, plan.hidden, strict=True) if not hidden]
     encoded = iter(plan.record.encoded(shown))
-    geometry, colors = _geometry(plan.geometry), _colors(plan)
-    one = np.ones(2)
-    blank = _geometry_inputs(np.zeros(2), one, one, np.eye(2, 3), plan.geometry.cell.side)
+    clip, one = _clip_parameters(plan), np.ones(2)
+    blank = {**clip, **_geometry_inputs(np.zeros(2), one, one, np.eye(2, 3), plan.geometry.cell.side)}
     data, parameters = [], []
     for position, hidden in enumerate(plan.hidden):
         data.append(_BLANK if hidden else torch.frombuffer(bytearray(next(encoded)), dtype=torch.uint8))
-        color = {name: values[position : position + 1] for name, values in colors.items()}
-        parameters.append({**(blank if hidden else geometry), **color, **shared})
+        color = {name: clip[name][position : position + 1] for name in _FRAME_INPUTS}
+        parameters.append({**(blank if hidden else clip), **color})
     return data, parameters
 
 
-def _clip(plan: SamplePlan, shared: Parameters, kind: Kind) -> tuple[list, list[Parameters]]:
-    """All frames as one sample. Hidden ones are repetitions of the first, which costs no decoding."""
+def _decoded_clip(plan: SamplePlan) -> tuple[list[torch.Tensor], list[Parameters]]:
+    """All frames as one sample of the graph."""
+    frames = np.stack(plan.record.frames(_clip_numbers(plan).tolist()))
+    return [torch.from_numpy(frames)], [_clip_parameters(plan)]
+
+
+def _clip_numbers(plan: SamplePlan) -> np.ndarray:
+    """Hidden frames are repetitions of the first one, which costs no decoding."""
     numbers = [plan.frames[0] if hidden else frame for frame, hidden in zip(plan.frames, plan.hidden, strict=True)]
-    parameters = {**_geometry(plan.geometry), **_colors(plan), **shared}
-    if kind == "video":
-        return [plan.record.plain_video], [{**parameters, "numbers": np.array(numbers, np.int32)}]
-    return [torch.from_numpy(np.stack(plan.record.frames(numbers)))], [parameters]
+    return np.array(numbers, np.int32)
+
+
+def _clip_parameters(plan: SamplePlan) -> Parameters:
+    return {**_geometry(plan.geometry), **_colors(plan), **_blur(plan.sigma), **_mosaic(plan.geometry)}
 
 
 def _geometry(geometry: Geometry) -> Parameters:
@@ -156,8 +190,6 @@ def _geometry_inputs(
     }
 
 
-
-
 def _colors(plan: SamplePlan) -> Parameters:
     """For each frame: color [F, 3, 3] times the pixel, plus pivot [F, 1] times the mean gray of the frame, plus base [F, 3].
     In hidden frames that is the fill color."""
@@ -179,4 +211,4 @@ def _blur(sigma: float) -> Parameters:
 def _mosaic(geometry: Geometry) -> Parameters:
     """Which of the four cells are mirrored; without a mosaic the first cell is the square, and the others are cut off."""
     flips = geometry.mosaic.flips if geometry.mosaic else (False,) * 4
-    return {f"flip{cell}": np.array(flip, np.int32) for cell, flip in enumerate(flips)}
+    return {name: np.array(flip, np.int32) for name, flip in zip(_MOSAIC_INPUTS, flips, strict=True)}

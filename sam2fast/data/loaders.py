@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import torch
 
+from .dali_plan import assemble
 from .render import SamplePlan, render
 from .sample import Batch, DataError, collate
 from .sampling import ClipDataset
@@ -66,7 +67,7 @@ def build_loader(
             "prefetch_factor": max(2, -(-accumulate // workers)),
         }
     loader = torch.utils.data.DataLoader(
-        _Collated(dataset, decoder.encode if decoder else _render),
+        _Collated(dataset, *((decoder.encode, assemble) if decoder else (render, collate))),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
@@ -94,18 +95,14 @@ class _Collated:
     """Batches of a dataset by lists of sample numbers. A `DataError` is handed over as its text: raised in a worker it
     would reach the user inside the traceback of another process."""
 
-    def __init__(self, dataset: ClipDataset, assemble: Callable[[list[SamplePlan]], Any]):
-        self._dataset, self._assemble = dataset, assemble
+    def __init__(self, dataset: ClipDataset, use: Callable[[SamplePlan], Any], collate: Callable[[list[Any]], Any]):
+        self._dataset, self._use, self._collate = dataset, use, collate
 
     def __getitem__(self, numbers: list[int]) -> Any | str:
         try:
-            return self._assemble([self._dataset.plan(number) for number in numbers])
+            return self._collate([self._use(self._dataset.plan(number)) for number in numbers])
         except DataError as error:
             return str(error)
-
-
-def _render(plans: list[SamplePlan]) -> Batch:
-    return collate([render(plan) for plan in plans])
 
 
 def _start_worker(worker: int) -> None:

@@ -17,7 +17,17 @@ import numpy as np
 import torch
 
 from ...config import DatasetConfig
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, check_image, decode_image, image_size, list_files, parse_json, read_bytes
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
 from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
