@@ -1,10 +1,11 @@
 """Frames decoded and augmented by NVIDIA DALI: on a GPU by its JPEG and video decoders, or on a CPU to compare.
 
 Which sample comes when, and all that is drawn of it, is decided by our own sampler (`sampling.ClipDataset`). Loader
-workers make the plans, read the encoded frames and draw the masks (`dali_plan`). The trainer's process feeds them to one
-DALI graph, which decodes every frame, resamples it once, changes its colors and gives uint8 [3, S, S] on the device.
+workers make the plans, read the encoded frames and draw the masks (`dali_plan`). The trainer's process feeds them to
+one DALI graph, which decodes every frame, resamples it once, changes its colors and gives uint8 [3, S, S] on the
+device.
 
-So the samples and their order are those of the OpenCV back end, and DALI keeps no state: a run resumes by sample number.
+So samples and order are those of the OpenCV back end, and DALI keeps no state: a run resumes by sample number.
 """
 
 from __future__ import annotations

@@ -61,9 +61,20 @@ class EncodedBatch:
     mosaic: bool
     """Whether a sample is one."""
     data: list[torch.Tensor] | list[Path]
-    """As in `EncodedSample`, of all samples."""
+    """As in `EncodedSample`, of all samples; but images are one tensor, since every tensor that a worker hands over
+    takes a file descriptor."""
+    image_bytes: list[int]
+    """How many of them each image takes."""
     parameters: Parameters
     """The first axis over samples of the graph."""
+
+    def arrays(self) -> list[np.ndarray]:
+        """The data of each sample of the graph."""
+        if self.kind == "image":
+            return np.split(self.data[0].numpy(), np.cumsum(self.image_bytes)[:-1])
+        if self.kind == "video":
+            return [np.memmap(path, np.uint8, mode="r") for path in self.data]
+        return [frames.numpy() for frames in self.data]
 
     def pin_memory(self) -> EncodedBatch:
         """The masks in page-locked memory; DALI brings the frames there itself."""
@@ -103,21 +114,22 @@ def assemble(samples: Sequence[EncodedSample]) -> EncodedBatch:
     mosaic = any(sample.plan.geometry.mosaic for sample in samples)
     parameters = [part for sample in samples for part in sample.parameters]
     names = [name for name in parameters[0] if mosaic or name not in _MOSAIC_INPUTS]
-    plans = [sample.plan for sample in samples]
-    without_frames = [
-        Sample(
-            torch.empty(len(plan.frames), 3, 0, 0, dtype=torch.uint8), sample.masks, list(plan.first), plan.sample_id
-        )
-        for plan, sample in zip(plans, samples, strict=True)
-    ]
+    kind, data = samples[0].kind, [item for sample in samples for item in sample.data]
     return EncodedBatch(
-        batch=collate(without_frames),
-        side=plans[0].geometry.side,
-        kind=samples[0].kind,
+        batch=collate([_without_frames(sample) for sample in samples]),
+        side=samples[0].plan.geometry.side,
+        kind=kind,
         mosaic=mosaic,
-        data=[item for sample in samples for item in sample.data],
+        data=[torch.cat(data)] if kind == "image" else data,
+        image_bytes=[len(item) for item in data] if kind == "image" else [],
         parameters={name: np.stack([part[name] for part in parameters]) for name in names},
     )
+
+
+def _without_frames(sample: EncodedSample) -> Sample:
+    plan = sample.plan
+    frames = torch.empty(len(plan.frames), 3, 0, 0, dtype=torch.uint8)
+    return Sample(frames, sample.masks, object_ids=list(plan.first), sample_id=plan.sample_id)
 
 
 def _images(plan: SamplePlan) -> tuple[list[torch.Tensor], list[Parameters]]:
@@ -151,8 +163,7 @@ def _clip_parameters(plan: SamplePlan) -> Parameters:
 
 
 def _geometry(geometry: Geometry) -> Parameters:
-    """A resize of a rectangle of the image and an affine map of the result, from the square, or a cell of the mosaic, to
-    it.
+    """A resize of a rectangle of the image, and an affine map from the square, or a cell of the mosaic, to the result.
 
     In both, (0, 0) is the corner of the first pixel. Without rotation or shear the map moves whole pixels and mirrors,
     so that nothing is interpolated twice.
@@ -191,8 +202,8 @@ def _geometry_inputs(
 
 
 def _colors(plan: SamplePlan) -> Parameters:
-    """For each frame: color [F, 3, 3] times the pixel, plus pivot [F, 1] times the mean gray of the frame, plus base [F, 3].
-    In hidden frames that is the fill color."""
+    """For each frame: color [F, 3, 3] times the pixel, plus pivot [F, 1] times the mean gray of the frame, plus base
+    [F, 3]. In hidden frames that is the fill color."""
     shown = ~np.array(plan.hidden)
     brightness, contrast, saturation = plan.colors.T
     mix = np.stack([color_mix(value) for value in saturation])
@@ -209,6 +220,6 @@ def _blur(sigma: float) -> Parameters:
 
 
 def _mosaic(geometry: Geometry) -> Parameters:
-    """Which of the four cells are mirrored; without a mosaic the first cell is the square, and the others are cut off."""
+    """Which cells are mirrored. Without a mosaic the first is as large as the square, and the others are cut off."""
     flips = geometry.mosaic.flips if geometry.mosaic else (False,) * 4
     return {name: np.array(flip, np.int32) for name, flip in zip(_MOSAIC_INPUTS, flips, strict=True)}
