@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .sample import DataError
+from .sample import DataError, SizeMismatch
 
 Size = tuple[int, int]
 _BROKEN = "fix the annotation, or name the video or image in the dataset's `exclude`"
@@ -25,6 +25,8 @@ class FrameMasks(Mapping[int, np.ndarray]):
         """`areas`: pixels per object as annotated (objects of none are left out); `decode`: id -> bool [h, w], where
         h, w may differ from `size` = (H, W) by what the caller tolerates; it is resized by nearest neighbor then."""
         self.size = size
+        self.empty = [object_id for object_id, area in areas.items() if area <= 0]
+        """Objects that are annotated, with no pixel."""
         self._areas = {object_id: area for object_id, area in areas.items() if area > 0}
         self._decode = decode
 
@@ -133,7 +135,7 @@ def check_size(mask: Size, frame: Size, source: str, warn: Callable[[str], None]
         return
     sizes = f"{source}: the mask is {mask[1]} x {mask[0]}, its frame {frame[1]} x {frame[0]} (width x height)"
     if abs(mask[0] - frame[0]) > 1 or abs(mask[1] - frame[1]) > 1:
-        raise DataError(f"{sizes}; give masks and frames of one size, or name the video or image in `exclude`")
+        raise SizeMismatch(f"{sizes}; give masks and frames of one size, or name the video or image in `exclude`")
     warn(f"{sizes}; masks that differ by one pixel are resized (said once per dataset)")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
+from ..defects import report, tolerated
 from ..files import (
     IMAGE_SUFFIXES,
     Packed,
@@ -60,11 +61,13 @@ class CocoImage:
         runs = {}
         for object_id, segmentation in self._entry["objects"]:
             source = f"{self._json}, annotation {object_id} (image {self.name})"
-            if isinstance(segmentation, dict):
-                runs[object_id] = parse_rle(segmentation, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
-            else:
-                runs[object_id] = polygons_to_runs(segmentation, drawn_on, source)
+            with tolerated():
+                if isinstance(segmentation, dict):
+                    parsed = parse_rle(segmentation, source)
+                    check_size(parsed[0], self.size, source, self._warn)
+                else:
+                    parsed = polygons_to_runs(segmentation, drawn_on, source)
+                runs[object_id] = parsed
         return run_length_masks(runs, self.size)
 
     @cached_property
@@ -108,12 +111,14 @@ def open_coco(config: DatasetConfig, name: str, seed: int) -> CocoDataset:
             paths[image] = path
     lost = [image for image in names if image not in paths]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} of {len(names)} images of {json_path} are missing: "
             f"{shorten([entries[image]['file_name'] for image in lost])}; looked in "
             f"{', '.join(map(str, folders))}; correct `root`, or name the images in `exclude`"
         )
-    return CocoDataset(name, [(image, paths[image], entries[image]) for image in names], json_path)
+        needs = {image: f"{json_path} needs {entries[image]['file_name']}, which is not there" for image in lost}
+        report(error, "annotations without images", needs)
+    return CocoDataset(name, [(image, path, entries[image]) for image, path in paths.items()], json_path)
 
 
 def _find_json(config: DatasetConfig, name: str) -> Path:

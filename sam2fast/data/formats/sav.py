@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
+from ..defects import is_collecting, note_warning, report, tolerated
 from ..files import WarnOnce, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
 from ..sample import DataError
@@ -43,6 +44,11 @@ class SavVideo:
         return self._reader.size
 
     @property
+    def frame_rate(self) -> float:
+        """Frames a second of the video, on average."""
+        return self._reader.frame_rate
+
+    @property
     def annotated(self) -> Sequence[int]:
         return self._annotated
 
@@ -59,8 +65,10 @@ class SavVideo:
         for track in self._tracks:
             for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
                 source = f"{track.path}, frame {frame}, object {object_id}"
-                runs[object_id] = parse_rle(rle, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
+                with tolerated():
+                    parsed = parse_rle(rle, source)
+                    check_size(parsed[0], self.size, source, self._warn)
+                    runs[object_id] = parsed
         return run_length_masks(runs, self.size)
 
     @cached_property
@@ -154,11 +162,16 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in videos]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
             f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`"
         )
-    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names])
+        needs = {video: f"{jsons[video][0]} needs {video}.mp4, which is not in {root}" for video in lost}
+        report(error, "annotations without videos", needs)
+    if is_collecting():
+        unused = {video: f"{videos[video]} has no annotations" for video in sorted(videos.keys() - jsons.keys())}
+        note_warning("videos without annotations, which are not used", unused)
+    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names if video in videos])
 
 
 def _number(value: Any) -> float:
