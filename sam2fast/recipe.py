@@ -22,6 +22,7 @@ from sam2fast_kernels import library
 
 from .checkpoint import CheckpointStore, RunState, save_state, write_folder
 from .config import Config, ConfigError, ModelConfig, StageConfig
+from .data.dali import choose_backend
 from .data.formats import open_dataset
 from .data.index import object_counts
 from .data.sample import Dataset
@@ -65,6 +66,7 @@ def run(config: Config, ranks: Ranks) -> Path:
     """
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
+    choose_backend(config.data.backend, ranks.device)  # a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointStore, RunState
 from .config import Config, StageConfig, UserError
+from .data.dali import build_decoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
 from .data.sample import Batch
@@ -113,6 +114,7 @@ class StageTrainer:
         self.graphs: GraphedSteps | None = None
         if config.model.cuda_graphs:
             self.graphs = GraphedSteps(engine, self._terms_of_inputs, CudaCapture(), engine.module.constant_tables)
+        self.decoder = build_decoder(config.data, ranks.device)
 
     def train(self) -> None:
         """Run the stage.
@@ -163,6 +165,7 @@ class StageTrainer:
                 start=start,
                 workers=self.config.data.workers,
                 accumulate=self.stage.accumulate,
+                decoder=self.decoder,
             )
         return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
 

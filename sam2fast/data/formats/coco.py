@@ -13,7 +13,17 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import report, tolerated
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
 from ..masks import FrameMasks, check_size, parse_rle, polygons_to_runs, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
@@ -38,6 +48,11 @@ class CocoImage:
         assert not any(indices), indices
         image = decode_image(self._bytes, self._path)
         return [image for _ in indices]
+
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        assert not any(indices), indices
+        check_image(self._bytes, self._path)
+        return [self._bytes for _ in indices]
 
     def masks(self, frame: int) -> FrameMasks:
         assert frame == 0, frame

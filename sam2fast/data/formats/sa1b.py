@@ -19,7 +19,17 @@ import torch
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report, tolerated
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
 from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
@@ -60,6 +70,11 @@ class Sa1bImage:
         assert not any(indices), indices
         image = decode_image(self._bytes, self._image)
         return [image for _ in indices]
+
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        assert not any(indices), indices
+        check_image(self._bytes, self._image)
+        return [self._bytes for _ in indices]
 
     def masks(self, frame: int) -> FrameMasks:
         """Object ids are the positions in the file's list."""

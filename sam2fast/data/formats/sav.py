@@ -55,6 +55,11 @@ class SavVideo:
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         return self._reader.frames(indices)
 
+    @property
+    def plain_video(self) -> Path | None:
+        """The file, where any decoder finds the frames by number (`VideoReader.plain`)."""
+        return self._reader.path if self._reader.plain else None
+
     def masks(self, frame: int) -> FrameMasks:
         runs = {}
         for track in self._tracks:
