@@ -186,7 +186,10 @@ class TrunkBlock(nn.Module):
         if any(group.padding for group in layout.groups):
             _, bias = self.attn.qkv()
             virtual = (None, *bias.to(k.dtype).chunk(3)[1:])
-        windows = (layout.split(part, token) for part, token in zip((q, k, v), virtual, strict=True))
+        windows = [layout.split(part, token) for part, token in zip((q, k, v), virtual, strict=True)]
+        if len(layout.groups) > 1:  # a group that happens to be a view would keep the tokens of all
+            windows = [[part.contiguous() for part in parts] for parts in windows]
+        del q, k, v
         outputs = [self._attend(*parts, group) for *parts, group in zip(*windows, layout.groups, strict=True)]
         return self.attn.proj((layout.pooled() if self.pools else layout).join(outputs))
 
