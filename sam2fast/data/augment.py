@@ -125,7 +125,8 @@ class Geometry:
             if mask is None:
                 continue
             part, sampling = self._prepare(np.ascontiguousarray(mask).view(np.uint8), _MASK_PREFILTER_BELOW)
-            codes = part << bit if codes is None else np.bitwise_or(codes, part << bit, out=codes)
+            code = part * np.uint8(1 << bit)  # numpy shifts bytes one at a time
+            codes = code if codes is None else np.bitwise_or(codes, code, out=codes)
         if codes is None:
             out.fill(False)
         else:
