@@ -78,7 +78,9 @@ class ObjectCounts:
             usable = ((after >= span) & (item.reverse < 1)) | ((before >= span) & (item.reverse > 0))
         usable &= counts > 0
         ends = np.cumsum(np.bincount(record[usable], minlength=len(ends)))
-        return ObjectCounts(torch.from_numpy(np.minimum(counts[usable], item.max_objects)), torch.from_numpy(ends))
+        return ObjectCounts(
+            torch.from_numpy(np.minimum(counts[usable], min(item.max_objects, 255))), torch.from_numpy(ends)
+        )
 
     def draw(self, records: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Objects in a random frame of each of `records`, uint8; records without frames get the median of the rest."""

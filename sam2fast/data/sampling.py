@@ -268,10 +268,10 @@ def _place(
 
 
 def _by_count(starts: np.ndarray, offsets: list[int], item: MixItem, wanted: Wanted) -> np.ndarray:
-    """The starts that show an object, those with the wanted number first and the closest ones after them."""
+    """The starts with the wanted number of objects first, the closest ones after them, those without any last."""
     shown = np.minimum(wanted.counts[starts[:, None] + offsets].max(axis=1).astype(int), item.max_objects)
-    order = np.argsort(abs(shown - wanted.objects), kind="stable")
-    return starts[order[shown[order] > 0]]
+    distance = np.where(shown > 0, abs(shown - wanted.objects), np.iinfo(int).max)
+    return starts[np.argsort(distance, kind="stable")]
 
 
 def _eligible(masks: FrameMasks, item: MixItem) -> list[int]:

@@ -125,6 +125,7 @@ def test_first_frames():
         return [found[record].tolist() for record in range(4)]
 
     assert frames() == [[1, 2, 3, 4], [4], [4], []]
+    assert counts.first_frames(MixItem(dataset="data", max_objects=1000))[0].tolist() == [1, 2, 3, 255]
     assert frames(frames=3) == [[1, 2], [4], [], []]
     assert frames(frames=3, reverse=1.0) == [[3, 4], [], [], []]
     assert frames(frames=3, reverse=0.5) == [[1, 2, 3, 4], [4], [], []]
