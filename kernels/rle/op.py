@@ -144,17 +144,15 @@ def parse(counts: Sequence[Counts], size: tuple[int, int], backend: library.Back
     height, width = _check_size(size)
     faults: dict[int, str] = {}
     entries = [_entry(n, entry, faults) for n, entry in enumerate(counts)]
-    parts = []
-    for kind in (bytes, array):
-        # Texts and lists lie in tensors of different dtypes; few files have both.
-        masks = [n for n, entry in enumerate(entries) if type(entry) is kind]
-        if masks or (kind is bytes and not entries):
-            parts.append(_parse(masks, [entries[n] for n in masks], height, width, backend, faults))
-    runs = parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-    masks, ends, starts, lengths, areas = runs
+    # Texts and lists lie in tensors of different dtypes; few files have both.
+    groups = [[n for n, entry in enumerate(entries) if type(entry) is kind] for kind in (bytes, array)]
+    groups = [masks for masks in groups if masks] or [[]]
+    parts = [_parse(masks, [entries[n] for n in masks], height, width, backend, faults) for masks in groups]
+    ends, starts, lengths, areas = parts[0]
     if len(parts) == 2:
-        starts[len(parts[0][0]) :] += len(parts[0][1])
-        order = masks.argsort()
+        parts[1][1].add_(len(ends))
+        order = torch.tensor([n for masks in groups for n in masks]).argsort()
+        ends, starts, lengths, areas = (torch.cat(pair) for pair in zip(*parts, strict=True))
         starts, lengths, areas = starts[order], lengths[order], areas[order]
     return RunLengths((height, width), ends, starts, lengths, areas, faults)
 
@@ -187,8 +185,8 @@ def _parse(
     width: int,
     backend: library.Backend,
     faults: dict[int, str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Numbers of masks whose counts are of one kind, their ends, starts, lengths and areas."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ends, starts, lengths and areas of masks whose counts are of one kind."""
     offsets = torch.tensor([0, *itertools.accumulate(map(len, entries))], dtype=torch.int64)
     if entries and isinstance(entries[0], array):
         joined, dtype = array("q", itertools.chain.from_iterable(entries)), torch.int64
@@ -196,11 +194,10 @@ def _parse(
         joined, dtype = bytearray(b"".join(entries)), torch.uint8
     stream = torch.frombuffer(joined, dtype=dtype) if joined else torch.empty(0, dtype=dtype)
     ends, lengths, areas, status = rle_parse.choose(backend, stream)(stream, offsets, height, width)
-    if status[:, 0].any():
-        for n, (fault, detail) in zip(masks, status.tolist(), strict=True):
-            if fault != Fault.NONE:
-                faults.setdefault(n, _explain(Fault(fault), detail, height, width))
-    return torch.tensor(masks), ends, offsets[:-1], lengths, areas
+    for n, (fault, detail) in zip(masks, status.tolist(), strict=True):
+        if fault:
+            faults.setdefault(n, _explain(Fault(fault), detail, height, width))
+    return ends, offsets[:-1], lengths, areas
 
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:
