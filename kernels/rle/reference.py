@@ -162,8 +162,8 @@ def _check_runs(numbers: Iterator[tuple[int, Fault]], pixels: int) -> tuple[list
 
 
 def _from_text(text: bytes) -> Iterator[tuple[int, Fault]]:
-    """Run lengths of compressed counts: signed little-endian base-32 numbers, each character 48 + 5 bits + 32 if another
-    follows, from the fourth on differences; ends after a fault."""
+    """Run lengths of compressed counts: signed little-endian base-32 numbers, each character 48 + 5 bits + 32 if
+    another follows, from the fourth on differences; ends after a fault."""
     value = shift = 0
     runs: list[int] = []
     for character in text:

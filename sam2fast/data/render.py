@@ -64,7 +64,6 @@ def _masks(plan: SamplePlan) -> torch.Tensor:
         if plan.hidden[position]:
             continue
         masks = plan.record.masks(frame)
-        for row, object_id in enumerate(plan.first):
-            if object_id in masks:
-                out[position, row] = plan.geometry.mask(masks[object_id])
+        visible = {object_id: row for row, object_id in enumerate(plan.first) if object_id in masks}
+        out[position, list(visible.values())] = masks.resampled(list(visible), plan.geometry)
     return torch.from_numpy(out)

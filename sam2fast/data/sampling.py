@@ -108,8 +108,8 @@ def plan_sample(
     colors = augmentation.draw_colors(augment, item.frames, rng)
     sigma = augmentation.draw_blur(augment, image_size, rng)
     for geometry in (drawn, augmentation.plain_geometry(size, image_size)):
-        first = {object_id: geometry.mask(window.first_masks[object_id]) for object_id in window.object_ids}
-        first = {object_id: mask for object_id, mask in first.items() if mask.any()}
+        masks = window.first_masks.resampled(window.object_ids, geometry)
+        first = {object_id: mask for object_id, mask in zip(window.object_ids, masks, strict=True) if mask.any()}
         if first:
             sample_id = f"{item.dataset}/{record.name}@{','.join(map(str, window.frames))}"
             return SamplePlan(record, window.frames, window.hidden, geometry, colors, sigma, first, sample_id)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, polygons_to_runs, run_length_masks
+from ..masks import FrameMasks, check_size, polygons_to_rle, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -42,15 +42,12 @@ class CocoImage:
         assert frame == 0, frame
         drawn_on = (self._entry["height"], self._entry["width"])
         check_size(drawn_on, self.size, f"{self._json}, image {self.name}", self._warn)
-        runs = {}
+        rles = {}
         for object_id, segmentation in self._entry["objects"]:
             source = f"{self._json}, annotation {object_id} (image {self.name})"
-            if isinstance(segmentation, dict):
-                runs[object_id] = parse_rle(segmentation, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
-            else:
-                runs[object_id] = polygons_to_runs(segmentation, drawn_on, source)
-        return run_length_masks(runs, self.size)
+            is_rle = isinstance(segmentation, dict)
+            rles[object_id] = segmentation if is_rle else polygons_to_rle(segmentation, drawn_on, source), source
+        return run_length_masks(rles, self.size, self._warn)
 
     @cached_property
     def _bytes(self) -> bytes:

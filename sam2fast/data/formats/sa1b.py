@@ -18,7 +18,7 @@ import torch
 
 from ...config import DatasetConfig
 from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..masks import FrameMasks, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -62,12 +62,11 @@ class Sa1bImage:
     def masks(self, frame: int) -> FrameMasks:
         """Object ids are the positions in the file's list."""
         assert frame == 0, frame
-        runs = {}
+        rles = {}
         for number, annotation in enumerate(self._annotations):
-            source = f"{self._annotation}, annotation {number}"
-            runs[number] = parse_rle(annotation.get("segmentation") if isinstance(annotation, dict) else None, source)
-            check_size(runs[number][0], self.size, source, self._warn)
-        return run_length_masks(runs, self.size)
+            rle = annotation.get("segmentation") if isinstance(annotation, dict) else None
+            rles[number] = rle, f"{self._annotation}, annotation {number}"
+        return run_length_masks(rles, self.size, self._warn)
 
     @cached_property
     def _bytes(self) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..files import WarnOnce, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..masks import FrameMasks, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
 from .selection import select, shorten
@@ -50,13 +50,11 @@ class SavVideo:
         return self._reader.frames(indices)
 
     def masks(self, frame: int) -> FrameMasks:
-        runs = {}
+        rles = {}
         for track in self._tracks:
             for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
-                source = f"{track.path}, frame {frame}, object {object_id}"
-                runs[object_id] = parse_rle(rle, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
-        return run_length_masks(runs, self.size)
+                rles[object_id] = rle, f"{track.path}, frame {frame}, object {object_id}"
+        return run_length_masks(rles, self.size, self._warn)
 
     @cached_property
     def _tracks(self) -> list[_Masklets]:
