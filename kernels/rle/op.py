@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from .. import library
 from . import reference
@@ -20,6 +21,10 @@ from .reference import MAX_CHARACTERS, MAX_TARGET, Fault
 
 Counts = bytes | str | Sequence[int]
 """One mask: COCO's compressed counts, or a list of run lengths."""
+
+
+_CPU = torch.empty(0)
+"""Where counts are read."""
 
 
 class RleError(ValueError):
@@ -139,6 +144,11 @@ def parse(counts: Sequence[Counts], size: tuple[int, int], backend: library.Back
     Raises:
         RleError: an impossible size, or counts that are not a sequence.
     """
+    return _read(counts, size, rle_parse.choose(backend, _CPU))
+
+
+def _read(counts: Sequence[Counts], size: tuple[int, int], run: OpOverload) -> RunLengths:
+    """`parse` with one back end."""
     if isinstance(counts, (bytes, str)):
         raise RleError(f"counts must be a sequence with one entry per mask, not a single {type(counts).__name__}")
     height, width = _check_size(size)
@@ -147,7 +157,7 @@ def parse(counts: Sequence[Counts], size: tuple[int, int], backend: library.Back
     # Texts and lists lie in tensors of different dtypes; few files have both.
     groups = [[n for n, entry in enumerate(entries) if type(entry) is kind] for kind in (bytes, array)]
     groups = [masks for masks in groups if masks] or [[]]
-    parts = [_parse(masks, [entries[n] for n in masks], height, width, backend, faults) for masks in groups]
+    parts = [_parse(masks, [entries[n] for n in masks], height, width, run, faults) for masks in groups]
     ends, starts, lengths, areas = parts[0]
     if len(parts) == 2:
         parts[1][1].add_(len(ends))
@@ -174,8 +184,9 @@ def decode(
         RleError: a mask is faulty (see `parse`); names the first.
         ValueError: a back end that does not exist or was not built.
     """
-    runs = parse(counts, size, backend if backend != "triton" else "auto")
-    return runs.check().decode(packed=packed, backend=backend)
+    draw = rle_decode.choose(backend, _CPU)
+    runs = _read(counts, size, rle_parse.choose(backend if backend != "triton" else "auto", _CPU)).check()
+    return draw(runs.ends, runs.starts, runs.lengths, *runs.size, packed)
 
 
 def _parse(
@@ -183,7 +194,7 @@ def _parse(
     entries: list[bytes] | list[array],
     height: int,
     width: int,
-    backend: library.Backend,
+    run: OpOverload,
     faults: dict[int, str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ends, starts, lengths and areas of masks whose counts are of one kind."""
@@ -193,7 +204,7 @@ def _parse(
     else:
         joined, dtype = bytearray(b"".join(entries)), torch.uint8
     stream = torch.frombuffer(joined, dtype=dtype) if joined else torch.empty(0, dtype=dtype)
-    ends, lengths, areas, status = rle_parse.choose(backend, stream)(stream, offsets, height, width)
+    ends, lengths, areas, status = run(stream, offsets, height, width)
     for n, (fault, detail) in zip(masks, status.tolist(), strict=True):
         if fault:
             faults.setdefault(n, _explain(Fault(fault), detail, height, width))

@@ -108,9 +108,7 @@ def label_masks(labels: np.ndarray, size: Size) -> FrameMasks:
     return _LabelMasks(size, areas, labels)
 
 
-def run_length_masks(
-    annotations: Mapping[int, tuple[Any, str]], size: Size, warn: Callable[[str], None]
-) -> FrameMasks:
+def run_length_masks(annotations: Mapping[int, tuple[Any, str]], size: Size, warn: Callable[[str], None]) -> FrameMasks:
     """Masks of the COCO run lengths of a frame.
 
     Everything is checked here, before anything is drawn.

@@ -27,7 +27,9 @@ def encode(mask: np.ndarray) -> dict:
 
 
 def read(rles: list, size: tuple[int, int], warn: Callable[[str], None] = no_warning) -> FrameMasks:
-    return run_length_masks({number: (rle, f"file.json, object {number}") for number, rle in enumerate(rles)}, size, warn)
+    return run_length_masks(
+        {number: (rle, f"file.json, object {number}") for number, rle in enumerate(rles)}, size, warn
+    )
 
 
 def blobs(size: tuple[int, int], count: int, seed: int = 0) -> list[np.ndarray]:
@@ -118,7 +120,9 @@ def test_rotated_and_far_smaller_squares_are_those_of_the_mask(degrees, side):
     config = AugmentConfig(degrees=degrees, shear=degrees)
     geometry = draw_geometry(config, size, side, np.random.default_rng(0))
     squares = frame.resampled([2, 1], geometry)
-    assert squares.any() and all((square == geometry.mask(masks[n])).all() for square, n in zip(squares, [2, 1], strict=True))
+    assert squares.any() and all(
+        (square == geometry.mask(masks[n])).all() for square, n in zip(squares, [2, 1], strict=True)
+    )
 
 
 def test_label_images_are_resampled_as_their_masks():
