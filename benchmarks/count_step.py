@@ -39,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         RecomputePolicy.parse(args.recompute or "none")
     except ValueError as error:
         parser.error(str(error))
+    if args.save and args.bfloat16_streams:
+        parser.error("--save keeps exact settings alone; leave out --bfloat16-streams")
     off = frozenset(steps.SWITCHES if args.all_off else args.off)
     recompute = args.recompute or ("none" if args.all_off else steps.Setup.recompute)
     rows = []
     for size in args.size:
         for batch in args.batch:
-            setup = steps.Setup(size, batch, off, recompute, args.side)
+            setup = steps.Setup(size, batch, off, recompute, args.side, args.bfloat16_streams)
             count = steps.count_step(setup)
             report.print_count(setup, count, args.top)
             rows.append(
@@ -66,6 +68,7 @@ def _add_arguments(parser: argparse.ArgumentParser, switches: Sequence[str], bat
     which.add_argument("--all-off", action="store_true", help="all of these, and --recompute none")
     parser.add_argument("--recompute", metavar="POLICY", help="default: that of model.recompute")
     parser.add_argument("--side", type=_side, default=1024, help="of the images, in pixels; a multiple of 32")
+    parser.add_argument("--bfloat16-streams", action="store_true", help="with model.bfloat16_streams; not for --save")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also list the N largest operations")
     parser.add_argument("--save", action="store_true", help="write the totals to results/step_counts.csv")
 

@@ -25,6 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--config", required=True)
     sub.add_argument("--checkpoint", required=True, help="official SAM 2 checkpoint, for example RUN/export/model.pt")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
+    sub = commands.add_parser("check-data", help="say what a dataset holds and everything that is wrong with it")
+    sub.add_argument("path", help="folder of the dataset")
+    sub.add_argument("--format", default="auto", choices=("auto", "video_folder", "sav", "sa1b", "coco"))
+    sub.add_argument("--annotations", help="folder or COCO json of the annotations, where they lie elsewhere")
+    sub.add_argument("--limit", type=int, metavar="N", help="check a random sample of N videos or images")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for report and contact sheet (runs/check-data/NAME)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes; all cores if not given")
     sub = commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
     sub = commands.add_parser(
         "quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU"
@@ -35,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         from .data.synthetic import main as synthesize
 
         return synthesize(rest)
+    if args.command == "check-data":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return check_data(args)
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(overrides) < len(rest) or (overrides and args.command == "quickstart"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -76,6 +87,18 @@ def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
     return _guarded(body)
 
 
+def check_data(args: argparse.Namespace) -> int:
+    """Check a dataset; returns the exit code, 1 where it has defects."""
+
+    def body() -> int:
+        from .data.check import check_data, dataset_config
+
+        config = dataset_config(args.path, args.format, args.annotations)
+        return check_data(config, args.out, args.limit, args.workers or os.cpu_count() or 1)
+
+    return _guarded(body)
+
+
 def quickstart(folder: Path) -> int:
     """Write the synthetic data and train configs/quickstart.yaml on it through the deepspeed launcher."""
     import torch
@@ -109,8 +132,8 @@ QUICKSTART_DATA = (("images", "sa1b", 300, 1), ("videos", "sav", 60, 2), ("held_
 """Folder, format, number of images or clips, and seed."""
 
 
-def _guarded(body: Callable[[], None]) -> int:
-    """Run `body`; a user's mistake is one line on stderr and exit code 2, never a traceback."""
+def _guarded(body: Callable[[], int | None]) -> int:
+    """Run `body` for its exit code; a user's mistake is one line on stderr and exit code 2, never a traceback."""
     from torch import OutOfMemoryError
 
     from .config import UserError
@@ -123,8 +146,7 @@ def _guarded(body: Callable[[], None]) -> int:
         print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
     try:
-        body()
-        code = 0
+        code = body() or 0
     except UserError as error:
         say(f"error: {error}")
         code = 2

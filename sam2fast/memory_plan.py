@@ -80,10 +80,11 @@ def estimate_peak(
     item: MixItem,
     precision: str,
     device: torch.device,
+    bfloat16_streams: bool = False,
 ) -> int:
     """Bytes of one step of `stage` on a batch of `item`, whose every clip has its largest number of objects."""
     with torch.device("meta"):
-        model = SAM2(arch, recompute=recompute, performance=performance).train()
+        model = SAM2(arch, recompute, performance, bfloat16_streams=bfloat16_streams).train()
     with FakeTensorMode(), torch.device(device.type):
         _materialize(model)
         freeze(model, stage.freeze)
@@ -119,10 +120,12 @@ def choose_recompute(
     budget = budget_gib * GIB or free_bytes(device)
     needs: dict[str, float] = {}
     for policy in RECOMPUTE_LADDER:
+        settings = config.model
         peaks = [
-            estimate_peak(arch, config.model.performance, policy, stage, item, config.precision, device)
+            estimate_peak(arch, settings.performance, policy, stage, item, config.precision, device,
+                          settings.bfloat16_streams)
             for item in stage.data
-        ]
+        ]  # fmt: skip
         needs[policy] = MARGIN * max(peaks)
         if needs[policy] <= budget:
             break

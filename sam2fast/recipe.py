@@ -126,6 +126,7 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
         recompute="none" if automatic else settings.recompute,
         performance=settings.performance,
         offload_activations=settings.offload_activations,
+        bfloat16_streams=settings.bfloat16_streams,
     )
     if settings.local_memory_init:
         model.memory_attention.attend_locally()

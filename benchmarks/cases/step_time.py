@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from harness.case import Case, Outputs, Provider
 from harness.inputs import moving_discs
+from harness.limits import FUSED_STEP_MS
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import sam2fast.compat  # noqa: F401  (before timm imports torchvision)
 from sam2fast.config import LossConfig
@@ -21,6 +23,7 @@ from sam2fast.models.sam2 import SAM2
 from sam2fast.parallel.engine import clip_within_update
 from sam2fast.performance import PerformanceConfig
 from sam2fast_kernels import library
+from sam2fast_kernels.library import register_flop_formulas
 
 SIZES = {"T": "tiny", "S": "small", "B+": "base_plus", "L": "large"}
 CLICKS = ((False,) * 7,)
@@ -66,7 +69,8 @@ class Step:
         torch.manual_seed(0)
         rate = 0.1 if shape.random else 0.0
         arch = architecture(SIZES[shape.size], image_size=shape.side, drop_path=rate, memory_dropout=rate)
-        self.model = SAM2(arch, recompute=switches.recompute, performance=switches.performance).train().to(device)
+        self.model = SAM2(arch, switches.recompute, switches.performance, bfloat16_streams=switches.bfloat16_streams)
+        self.model.train().to(device)
         if switches.compile:
             self.model.compile_regions()
         # Untrained scores call objects absent at random, and an absent object costs less.
@@ -98,6 +102,7 @@ class Switches:
     fused_loss: bool = True
     recompute: str = "none"
     compile: bool = False
+    bfloat16_streams: bool = False
 
 
 OFF = Switches(PerformanceConfig.all_off(), fused_loss=False)
@@ -105,6 +110,7 @@ PROVIDERS = {
     "all_off": OFF,
     "all_on": Switches(),
     "all_on_compiled": Switches(compile=True),
+    "all_on_bfloat16_streams": Switches(bfloat16_streams=True),
     "recompute_decoder": Switches(recompute="decoder"),
     "no_fused_loss": Switches(fused_loss=False),
     **{f"no_{name}": Switches(PerformanceConfig(**{name: False})) for name in PerformanceConfig.model_fields},
@@ -133,6 +139,10 @@ class StepTimeCase(Case):
     tolerance = 2e-3
     """Without dropout; gradients pass through eight frames and fourteen clicks."""
     providers = {name: _provider(name) for name in PROVIDERS}
+
+    def __init__(self) -> None:
+        self._flops: dict[StepShape, int] = {}
+        """Of the baseline, known once it has run."""
 
     def shape(self, text: str) -> StepShape:
         pattern = (
@@ -167,7 +177,20 @@ class StepTimeCase(Case):
         return inputs.running.update(outputs["total"])
 
     def reference(self, inputs: Inputs) -> Outputs:
-        return self.observe(self.providers[self.baseline].prepare(), inputs)
+        register_flop_formulas()
+        with FlopCounterMode(display=False) as counter:
+            outputs = self.observe(self.providers[self.baseline].prepare(), inputs)
+        self._flops[inputs.shape] = counter.get_total_flops()
+        return outputs
+
+    def model_flops(self, inputs: Inputs) -> int | None:
+        return self._flops.get(inputs.shape)
+
+    def limit_ms(self, inputs: Inputs, device: str) -> float | None:
+        shape = inputs.shape
+        kind, objects = ("image", 64) if shape.kind == "image" else ("video", 3)
+        fits = (shape.side, shape.objects, shape.dtype) == (1024, objects, torch.bfloat16)
+        return FUSED_STEP_MS[shape.size, kind].get(device) if fits else None
 
     def fault(self, provider: str, observed: Outputs, expected: Outputs) -> str | None:
         if not torch.stack([value.double().norm() for value in observed.values()]).isfinite().all():

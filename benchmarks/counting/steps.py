@@ -54,6 +54,8 @@ class Setup:
     recompute: str = ModelConfig.model_fields["recompute"].default
     side: int = 1024
     """Of the images, in pixels."""
+    bfloat16_streams: bool = False
+    """`model.bfloat16_streams`, which is not exact."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def fake_model(setup: Setup) -> SAM2:
     performance = PerformanceConfig(**{name: name not in setup.off for name in PerformanceConfig.model_fields})
     arch = architecture(setup.size, image_size=setup.side)
     with unset_fake_temporarily(), torch.device("meta"):  # constructors may read numbers from tensors on the CPU
-        model = SAM2(arch, recompute=setup.recompute, performance=performance)
+        model = SAM2(arch, setup.recompute, performance, bfloat16_streams=setup.bfloat16_streams)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(_fake(parameter)))

@@ -120,6 +120,14 @@ class Case(ABC):
                 return f"{name} is off by {error:.3g}, the largest value being {largest:.3g}"
         return None
 
+    def model_flops(self, inputs: Any) -> int | None:
+        """Arithmetic of the baseline in mode `full`, which the rates of all providers count; None: no rates."""
+        return None
+
+    def limit_ms(self, inputs: Any, device: str) -> float | None:
+        """Computed time of mode `full` on a device of `limits`, if its kernels reached their limits; None: unknown."""
+        return None
+
     @abstractmethod
     def ideal_bytes(self, inputs: Any, mode: str) -> int:
         """Every input read once and every output written once, whatever a provider really moves."""

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 
+from .defects import note_warning
 from .sample import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -136,7 +137,7 @@ class WarnOnce:
         self._given = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __call__(self, message: str) -> None:
-        if not self._given:
+        if not note_warning("masks that are resized", message) and not self._given:
             self._given.fill_(True)
             warnings.warn(message, stacklevel=2)
 

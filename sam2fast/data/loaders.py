@@ -55,7 +55,7 @@ def build_loader(
         context.set_forkserver_preload(["__main__", __name__])
         options = {
             "multiprocessing_context": context,
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": start_worker,
             "prefetch_factor": max(2, -(-accumulate // workers)),
         }
     loader = torch.utils.data.DataLoader(
@@ -96,7 +96,8 @@ class _Collated:
             return str(error)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Set up a process that decodes, and end it with the one that started it."""
     cv2.setNumThreads(0)  # the processes are the parallelism
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 

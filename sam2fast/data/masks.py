@@ -15,7 +15,8 @@ import numpy as np
 from sam2fast_kernels import rle
 from sam2fast_kernels.rle import RunLengths
 
-from .sample import DataError
+from .defects import tolerated
+from .sample import DataError, SizeMismatch
 
 if TYPE_CHECKING:
     from .augment import Geometry
@@ -33,6 +34,8 @@ class FrameMasks(Mapping[int, np.ndarray]):
         """`areas`: pixels per object as annotated (objects of none are left out); `decode`: id -> bool [h, w], where
         h, w may differ from `size` = (H, W) by what the caller tolerates; it is resized by nearest neighbor then."""
         self.size = size
+        self.empty = [object_id for object_id, area in areas.items() if area <= 0]
+        """Objects that are annotated, with no pixel."""
         self._areas = {object_id: area for object_id, area in areas.items() if area > 0}
         self._decode = decode
 
@@ -80,14 +83,12 @@ class _LabelMasks(FrameMasks):
 
 
 class _RunLengthMasks(FrameMasks):
-    """Masks of run lengths; those of one size lie side by side."""
+    """Masks of run lengths."""
 
-    def __init__(self, size: Size, groups: list[tuple[list[int], RunLengths]]):
-        areas, self._places = {}, {}
-        for object_ids, runs in groups:
-            areas |= zip(object_ids, runs.areas.tolist(), strict=True)
-            self._places |= {object_id: (runs, number) for number, object_id in enumerate(object_ids)}
+    def __init__(self, size: Size, areas: dict[int, int], places: dict[int, tuple[RunLengths, int]]):
+        """`places`: where the runs of an object are; objects whose masks have one size share one `RunLengths`."""
         super().__init__(size, areas, self._draw)
+        self._places = places
 
     def resampled(self, object_ids: Sequence[int], geometry: Geometry) -> np.ndarray:
         places = [self._places[object_id] for object_id in object_ids]
@@ -123,18 +124,21 @@ def run_length_masks(annotations: Mapping[int, tuple[Any, str]], size: Size, war
     """
     by_size: dict[Size, list[tuple[int, Any, str]]] = {}
     for object_id, (annotation, source) in annotations.items():
-        mask_size, counts = _size_and_counts(annotation, source)
-        by_size.setdefault(mask_size, []).append((object_id, counts, source))
-    groups = []
+        with tolerated():
+            mask_size, counts = _size_and_counts(annotation, source)
+            by_size.setdefault(mask_size, []).append((object_id, counts, source))
+    areas: dict[int, int] = {}
+    places: dict[int, tuple[RunLengths, int]] = {}
     for mask_size, masks in by_size.items():
         runs = rle.parse([counts for _, counts, _ in masks], mask_size)
-        for number, (_, counts, source) in enumerate(masks):
-            if number in runs.faults:
-                fault = runs.faults[number]
-                raise DataError(f"{source}: cannot read run lengths {_brief(counts)}: {fault}; {_BROKEN}")
-            check_size(mask_size, size, source, warn)
-        groups.append(([object_id for object_id, _, _ in masks], runs))
-    return _RunLengthMasks(size, groups)
+        for number, (area, (object_id, counts, source)) in enumerate(zip(runs.areas.tolist(), masks, strict=True)):
+            with tolerated():
+                if number in runs.faults:
+                    fault = runs.faults[number]
+                    raise DataError(f"{source}: cannot read run lengths {_brief(counts)}: {fault}; {_BROKEN}")
+                check_size(mask_size, size, source, warn)
+                areas[object_id], places[object_id] = area, (runs, number)
+    return _RunLengthMasks(size, areas, places)
 
 
 def polygons_to_rle(polygons: Any, size: Size, source: str) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def check_size(mask: Size, frame: Size, source: str, warn: Callable[[str], None]
         return
     sizes = f"{source}: the mask is {mask[1]} x {mask[0]}, its frame {frame[1]} x {frame[0]} (width x height)"
     if abs(mask[0] - frame[0]) > 1 or abs(mask[1] - frame[1]) > 1:
-        raise DataError(f"{sizes}; give masks and frames of one size, or name the video or image in `exclude`")
+        raise SizeMismatch(f"{sizes}; give masks and frames of one size, or name the video or image in `exclude`")
     warn(f"{sizes}; masks that differ by one pixel are resized (said once per dataset)")
 
 

@@ -20,6 +20,10 @@ class DataError(UserError):
     """Data that cannot be used; the message names the file, what is wrong with it and the remedy."""
 
 
+class SizeMismatch(DataError):
+    """A mask or frame whose size is not that of its video or image."""
+
+
 class VideoRecord(Protocol):
     """One video, or one image as a video of one frame. Cheap to open: nothing is decoded before it is asked for."""
 

@@ -267,4 +267,4 @@ class MemoryAttention(nn.Module):
         for layer in self.layers:
             run = recomputed(layer, recompute.selective) if recompute.memory else layer
             x, index = run(x, keys, values, (cos, sin), num_pointer_tokens, index), None
-        return self.norm(x).transpose(1, 2).unflatten(-1, (height, width))
+        return self.norm(x).to(x.dtype).transpose(1, 2).unflatten(-1, (height, width))

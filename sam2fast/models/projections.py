@@ -111,7 +111,7 @@ class _NormedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift, weight, bias)
         ctx.eps, ctx.padding, ctx.dtype = eps, padding, dtype
         with without_autocast(x):
-            y = x if scale is None else _norm(_widened(x, scale, shift), eps)[0]
+            y = x if scale is None else _norm(_as_tokens(x, scale, shift), eps)[0]
             return F.linear(_pad(y.to(dtype), padding), weight.to(dtype), bias.to(dtype)).chunk(parts, dim=-1)
 
     @staticmethod
@@ -119,8 +119,8 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight, bias = saved = ctx.saved_tensors
         with without_autocast(x):
-            wide = (x,) if scale is None else _widened(x, scale, shift)
-            normed, *statistics = wide if scale is None else _norm(wide, ctx.eps)
+            operands = (x,) if scale is None else _as_tokens(x, scale, shift)
+            normed, *statistics = operands if scale is None else _norm(operands, ctx.eps)
             y = _pad(normed.to(ctx.dtype), ctx.padding)
             parts, rows = [grad.flatten(0, -2) for grad in grads], weight.to(ctx.dtype).chunk(len(grads))
             found: list[Tensor | None] = [None] * 5
@@ -128,7 +128,7 @@ class _NormedLinear(torch.autograd.Function):
                 grad = _sum_of_products(parts, rows).view_as(y)[:, : x.shape[1]]
                 found[0] = grad
                 if scale is not None:
-                    found[:3] = _norm_backward(grad, wide, statistics, ctx.needs_input_grad[:3])
+                    found[:3] = _norm_backward(grad, operands, statistics, ctx.needs_input_grad[:3])
             if ctx.needs_input_grad[3]:
                 found[3] = _stacked_products(parts, y.flatten(0, -2))
             if ctx.needs_input_grad[4]:
@@ -137,22 +137,21 @@ class _NormedLinear(torch.autograd.Function):
         return *(None if grad is None else grad.to(of.dtype) for grad, of in inputs), None, None, None, None
 
 
-def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tokens and parameters of a LayerNorm in the wider of their precisions."""
-    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+def _as_tokens(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tokens and parameters of a LayerNorm in the precision of the tokens; it computes in float32 at least."""
+    return tuple(tensor.to(tensors[0].dtype) for tensor in tensors)
 
 
-def _norm(wide: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(operands: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalized tokens, mean and reciprocal deviation, of tokens, weight and bias."""
-    x, scale, shift = wide
+    x, scale, shift = operands
     return torch.native_layer_norm(x, scale.shape, scale, shift, eps)
 
 
 def _norm_backward(
-    grad: Tensor, wide: tuple[Tensor, ...], statistics: list[Tensor], needed: tuple[bool, ...]
+    grad: Tensor, operands: tuple[Tensor, ...], statistics: list[Tensor], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    x, scale, shift = wide
+    x, scale, shift = operands
     return torch.ops.aten.native_layer_norm_backward(
         grad.to(x.dtype), x, list(scale.shape), *statistics, scale, shift, list(needed)
     )

@@ -37,6 +37,8 @@ class HieraTrunk(HieraDet):
     """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
     compiled = False
     """Whether blocks are compiled, for a number of samples that is known: stochastic depth masks them."""
+    stream_dtype: torch.dtype | None = None
+    """Of the tokens between blocks; None leaves what autocast makes of them, float32."""
 
     def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
         super().__init__(
@@ -75,6 +77,7 @@ class HieraTrunk(HieraDet):
         )
         position = self._pos_embed(grid.new_zeros(1, *grid.shape[1:3], 1))
         x = layout.to_tokens(grid) + layout.to_tokens(position)
+        x = x if self.stream_dtype is None else x.to(self.stream_dtype)
         features = []
         for index, (block, kept) in enumerate(zip(self.blocks, self._draw_kept(images), strict=True)):
             x, layout = self._arrange(x, layout, block)

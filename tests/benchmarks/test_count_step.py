@@ -112,6 +112,8 @@ def test_the_optimizations_save_arithmetic(counts):
 @pytest.mark.parametrize(
     "run, size, batch, limit",
     [
+        ("none", "base_plus", "video", 18),
+        ("none", "large", "video", 35),
         ("image", "large", "image", 20),
         ("most", "base_plus", "video", 9),
         ("most", "large", "video", 14),

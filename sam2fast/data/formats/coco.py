@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
+from ..defects import report, tolerated
 from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, check_size, polygons_to_rle, run_length_masks
 from ..sample import DataError
@@ -45,8 +46,9 @@ class CocoImage:
         rles = {}
         for object_id, segmentation in self._entry["objects"]:
             source = f"{self._json}, annotation {object_id} (image {self.name})"
-            is_rle = isinstance(segmentation, dict)
-            rles[object_id] = segmentation if is_rle else polygons_to_rle(segmentation, drawn_on, source), source
+            with tolerated():
+                is_rle = isinstance(segmentation, dict)
+                rles[object_id] = segmentation if is_rle else polygons_to_rle(segmentation, drawn_on, source), source
         return run_length_masks(rles, self.size, self._warn)
 
     @cached_property
@@ -90,12 +92,14 @@ def open_coco(config: DatasetConfig, name: str, seed: int) -> CocoDataset:
             paths[image] = path
     lost = [image for image in names if image not in paths]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} of {len(names)} images of {json_path} are missing: "
             f"{shorten([entries[image]['file_name'] for image in lost])}; looked in "
             f"{', '.join(map(str, folders))}; correct `root`, or name the images in `exclude`"
         )
-    return CocoDataset(name, [(image, paths[image], entries[image]) for image in names], json_path)
+        needs = {image: f"{json_path} needs {entries[image]['file_name']}, which is not there" for image in lost}
+        report(error, "annotations without images", needs)
+    return CocoDataset(name, [(image, path, entries[image]) for image, path in paths.items()], json_path)
 
 
 def _find_json(config: DatasetConfig, name: str) -> Path:

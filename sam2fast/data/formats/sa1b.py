@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ...config import DatasetConfig
+from ..defects import is_collecting, note_warning, report, tolerated
 from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, run_length_masks
 from ..sample import DataError
@@ -120,11 +121,17 @@ def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [image for image in names if image not in images]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotations have no image: {shorten(lost)} "
             f"({annotations[lost[0]]} needs {lost[0]}.jpg); add the images, or name them in `exclude`"
         )
-    return Sa1bDataset(name, [(image, images[image], annotations[image]) for image in names])
+        needs = {image: f"{annotations[image]} needs {image}.jpg, which is not there" for image in lost}
+        report(error, "annotations without images", needs)
+    if is_collecting():
+        unused = {image: f"{images[image]} has no {image}.json" for image in sorted(images.keys() - annotations.keys())}
+        note_warning("images without annotations, which are not used", unused)
+    pairs = [(image, images[image], annotations[image]) for image in names if image in images]
+    return Sa1bDataset(name, pairs)
 
 
 def _scan(root: Path) -> tuple[dict[str, _Place], dict[str, _Place]]:
@@ -135,9 +142,10 @@ def _scan(root: Path) -> tuple[dict[str, _Place], dict[str, _Place]]:
         for file in files:
             stem, suffix = os.path.splitext(file)
             if suffix.lower() == ".tar":
-                for place in _tar_members(folder / file):
-                    stem, suffix = os.path.splitext(os.path.basename(place.member))
-                    (annotations if suffix.lower() == ".json" else images)[stem] = place
+                with tolerated():
+                    for place in _tar_members(folder / file):
+                        stem, suffix = os.path.splitext(os.path.basename(place.member))
+                        (annotations if suffix.lower() == ".json" else images)[stem] = place
             else:
                 (annotations if suffix.lower() == ".json" else images)[stem] = _Place(str(folder / file))
     return images, annotations

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
+from ..defects import is_collecting, note_warning, report
 from ..files import WarnOnce, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, run_length_masks
 from ..sample import DataError
@@ -41,6 +42,11 @@ class SavVideo:
     @property
     def size(self) -> tuple[int, int]:
         return self._reader.size
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second of the video, on average."""
+        return self._reader.frame_rate
 
     @property
     def annotated(self) -> Sequence[int]:
@@ -147,11 +153,16 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in videos]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
             f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`"
         )
-    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names])
+        needs = {video: f"{jsons[video][0]} needs {video}.mp4, which is not in {root}" for video in lost}
+        report(error, "annotations without videos", needs)
+    if is_collecting():
+        unused = {video: f"{videos[video]} has no annotations" for video in sorted(videos.keys() - jsons.keys())}
+        note_warning("videos without annotations, which are not used", unused)
+    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names if video in videos])
 
 
 def _number(value: Any) -> float:
