@@ -10,8 +10,8 @@ from torch import Tensor
 from ..launch import Launch
 from .reference import MAX_TARGET
 
-ROWS, COLUMNS = 32, 32
-"""Pixels of a program. Runs go down the columns, bytes along the rows."""
+ROWS, COLUMNS, WARPS = 16, 32, 8
+"""Pixels of a program. Runs go down the columns, bytes along the rows; more pixels for a thread, and it spills."""
 
 _VARYING = (
     "steps height width top bottom left right to_top to_bottom to_left to_right side row_tiles column_tiles".split()
@@ -129,7 +129,7 @@ def decode_launch(ends: Tensor, starts: Tensor, lengths: Tensor, height: int, wi
     """Leaves `masks` [N, H, W or bytes]."""
     _check("rle_decode", ends, starts, lengths, height, width)
     arguments, programs = _arguments(ends, starts, lengths, height, width, packed)
-    return Launch(decode_kernel, programs, arguments | {"height": height, "width": width})
+    return Launch(decode_kernel, programs, arguments | {"height": height, "width": width}, WARPS)
 
 
 def resample_launch(
@@ -159,7 +159,7 @@ def resample_launch(
     arguments, programs = _arguments(ends, starts, lengths, side, side, packed)
     place = {"height": height, "top": top, "bottom": bottom, "left": left, "right": right, "side": side, "FLIP": flip}
     place |= {"to_top": to_top, "to_bottom": to_bottom, "to_left": to_left, "to_right": to_right}
-    return Launch(resample_kernel, programs, arguments | place)
+    return Launch(resample_kernel, programs, arguments | place, WARPS)
 
 
 def _check(name: str, ends: Tensor, starts: Tensor, lengths: Tensor, height: int, width: int) -> None:

@@ -113,4 +113,4 @@ def test_registers_and_shared_memory_suffice():
     for kernel in kernels:
         assert kernel["stack"] == 0 and kernel["spills"] == 0
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]]
-        assert kernel["resident"] >= 512
+        assert kernel["resident"] >= 1024
