@@ -59,6 +59,8 @@ def render_masks(plan: SamplePlan) -> torch.Tensor:
     out = np.empty((len(plan.frames), len(plan.first), side, side), bool)
     out[0] = list(plan.first.values())
     for position, frame in enumerate(plan.frames[1:], start=1):
-        masks = {} if plan.hidden[position] else plan.record.masks(frame)
-        plan.geometry.masks([masks.get(object_id) for object_id in plan.first], out[position])
+        if plan.hidden[position]:
+            out[position] = False
+        else:
+            plan.record.masks(frame).resampled(list(plan.first), plan.geometry, out[position])
     return torch.from_numpy(out)

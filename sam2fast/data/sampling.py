@@ -177,7 +177,7 @@ def _first_masks(window: Window, geometry: augmentation.Geometry, limit: int) ->
     for object_id in window.candidates:
         if object_id not in window.first_masks:
             first[object_id] = np.zeros((geometry.side, geometry.side), bool)
-        elif (mask := geometry.mask(window.first_masks[object_id])).any():
+        elif (mask := window.first_masks.resampled([object_id], geometry)[0]).any():
             first[object_id] = mask
         if len(first) == limit:
             break

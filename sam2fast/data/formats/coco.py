@@ -24,7 +24,7 @@ from ..files import (
     parse_json,
     read_bytes,
 )
-from ..masks import FrameMasks, check_size, parse_rle, polygons_to_runs, run_length_masks
+from ..masks import FrameMasks, annotated_areas, check_size, polygons_to_rle, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -56,30 +56,28 @@ class CocoImage:
 
     def masks(self, frame: int) -> FrameMasks:
         assert frame == 0, frame
-        drawn_on = (self._entry["height"], self._entry["width"])
-        check_size(drawn_on, self.size, f"{self._json}, image {self.name}", self._warn)
-        runs = {}
-        for object_id, segmentation in self._entry["objects"]:
-            source = f"{self._json}, annotation {object_id} (image {self.name})"
-            with tolerated():
-                if isinstance(segmentation, dict):
-                    parsed = parse_rle(segmentation, source)
-                    check_size(parsed[0], self.size, source, self._warn)
-                else:
-                    parsed = polygons_to_runs(segmentation, drawn_on, source)
-                runs[object_id] = parsed
-        return run_length_masks(runs, self.size)
+        check_size(self._drawn_on, self.size, f"{self._json}, image {self.name}", self._warn)
+        return run_length_masks(self._run_lengths(), self.size, self._warn)
 
     def areas(self, frame: int) -> tuple[list[int], int]:
         assert frame == 0, frame
-        size, runs = (self._entry["height"], self._entry["width"]), {}
+        return annotated_areas(self._run_lengths())
+
+    @property
+    def _drawn_on(self) -> tuple[int, int]:
+        """Height and width that the polygons were drawn on."""
+        return self._entry["height"], self._entry["width"]
+
+    def _run_lengths(self) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        rles = {}
         for object_id, segmentation in self._entry["objects"]:
             source = f"{self._json}, annotation {object_id} (image {self.name})"
-            if isinstance(segmentation, dict):
-                runs[object_id] = parse_rle(segmentation, source)
-            else:
-                runs[object_id] = polygons_to_runs(segmentation, size, source)
-        return run_length_masks(runs, size).areas()
+            with tolerated():
+                is_rle = isinstance(segmentation, dict)
+                rle = segmentation if is_rle else polygons_to_rle(segmentation, self._drawn_on, source)
+                rles[object_id] = rle, source
+        return rles
 
     @cached_property
     def _bytes(self) -> bytes:

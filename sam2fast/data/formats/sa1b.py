@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ..files import (
     parse_json,
     read_bytes,
 )
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -79,24 +79,22 @@ class Sa1bImage:
     def masks(self, frame: int) -> FrameMasks:
         """Object ids are the positions in the file's list."""
         assert frame == 0, frame
-        runs = {}
-        for number, annotation in enumerate(self._annotations):
-            source = f"{self._annotation}, annotation {number}"
-            with tolerated():
-                rle = parse_rle(annotation.get("segmentation") if isinstance(annotation, dict) else None, source)
-                check_size(rle[0], self.size, source, self._warn)
-                runs[number] = rle
-        return run_length_masks(runs, self.size)
+        return run_length_masks(self._run_lengths, self.size, self._warn)
 
     def areas(self, frame: int) -> tuple[list[int], int]:
         assert frame == 0, frame
-        runs = {
-            number: parse_rle(annotation["segmentation"], f"{self._annotation}, annotation {number}")
+        return annotated_areas(self._run_lengths)
+
+    @property
+    def _run_lengths(self) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            number: (
+                annotation.get("segmentation") if isinstance(annotation, dict) else None,
+                f"{self._annotation}, annotation {number}",
+            )
             for number, annotation in enumerate(self._annotations)
-            if isinstance(annotation, dict) and "segmentation" in annotation
         }
-        size = next(iter(runs.values()))[0] if runs else (1, 1)
-        return run_length_masks(runs, size).areas()
 
     @cached_property
     def _bytes(self) -> bytes:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
-from ..defects import is_collecting, note_warning, report, tolerated
+from ..defects import is_collecting, note_warning, report
 from ..files import WarnOnce, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
 from .selection import select, shorten
@@ -61,23 +61,18 @@ class SavVideo:
         return self._reader.path if self._reader.plain else None
 
     def masks(self, frame: int) -> FrameMasks:
-        runs = {}
-        for track in self._tracks:
-            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
-                source = f"{track.path}, frame {frame}, object {object_id}"
-                with tolerated():
-                    parsed = parse_rle(rle, source)
-                    check_size(parsed[0], self.size, source, self._warn)
-                    runs[object_id] = parsed
-        return run_length_masks(runs, self.size)
+        return run_length_masks(self._run_lengths(frame), self.size, self._warn)
 
     def areas(self, frame: int) -> tuple[list[int], int]:
-        runs = {}
-        for track in self._tracks:
-            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
-                runs[object_id] = parse_rle(rle, f"{track.path}, frame {frame}, object {object_id}")
-        size, _ = next(iter(runs.values()))
-        return run_length_masks(runs, size).areas()
+        return annotated_areas(self._run_lengths(frame))
+
+    def _run_lengths(self, frame: int) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            object_id: (rle, f"{track.path}, frame {frame}, object {object_id}")
+            for track in self._tracks
+            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True)
+        }
 
     @cached_property
     def _tracks(self) -> list[_Masklets]:
