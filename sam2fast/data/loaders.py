@@ -7,15 +7,19 @@ of samples that it has taken, with any number of workers and ranks.
 from __future__ import annotations
 
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 
 import cv2
 import torch
+
+import sam2fast_kernels
 
 from .bad_records import BadRecord, BadRecords, RecordGuard
 from .in_flight import InFlight
@@ -65,11 +69,9 @@ def build_loader(
     in_flight = InFlight(workers)
     options = {}
     if workers:
-        # workers are not forked from this process: it may hold a CUDA context and threads with locks
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
+        _start_fork_server()
         options = {
-            "multiprocessing_context": context,
+            "multiprocessing_context": "forkserver",
             "worker_init_fn": _start_worker,
             "prefetch_factor": max(prefetch, -(-accumulate // workers)),
         }
@@ -142,6 +144,29 @@ class _Batches:
             if self._guard.last in ("", str(error)):
                 raise
             raise DataError(f"{error}. Some could not be used, the last one: {self._guard.last}") from None
+
+
+def _start_fork_server() -> None:
+    """Workers are forked from a process of their own, which has imported what they need and shares it with them; this
+    one may hold a CUDA context and threads with locks.
+
+    That process must import the packages from where this one did, also from a bare checkout beside an installed
+    version. It takes its path from the environment alone, and imports a main module only from Python 3.13 on.
+    """
+    modules = [__name__]
+    if Path(sam2fast_kernels.__file__).parent.name == "kernels":
+        modules.insert(0, f"{__name__.partition('.')[0]}.train")  # makes both packages of a checkout importable
+    multiprocessing.set_forkserver_preload(modules)
+    before = os.environ.get("PYTHONPATH")
+    root = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _start_worker(worker: int) -> None:
