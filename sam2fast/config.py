@@ -368,6 +368,12 @@ class DataConfig(Section):
     same samples in the same order. auto is DALI on a GPU where it is installed."""
     dali_prefetch: Positive = 2
     """Batches that DALI works on while another one is trained on; each takes memory on the device."""
+    prefetch: Positive = 2
+    """Batches that each loader process prepares ahead (more where `accumulate` takes more in one step). They wait in
+    memory of the host: `workers` x `prefetch` for each dataset and rank."""
+    max_bad_share: Probability = 0.01
+    """Videos or images that cannot be used (damaged files, too few frames for a clip) are replaced, counted and listed
+    in the run folder. More than this share of a dataset stops the run; 0 stops it at the first."""
     datasets: dict[str, DatasetConfig]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from .masks import FrameMasks
 from .order import SampleOrder
 from .render import SamplePlan, render
 from .sample import DataError, Dataset, Sample, VideoRecord
+
+T = TypeVar("T")
 
 _MAX_DRAWS = 30
 
@@ -78,17 +82,29 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         """Records; an epoch has as many samples, but for repeats."""
         return len(self._dataset)
 
-    def __getitem__(self, number: int) -> Sample:
-        """Sample `number`.
+    @property
+    def name(self) -> str:
+        """Name of the dataset that the samples come from."""
+        return self._item.dataset
 
-        Raises:
-            DataError: as `plan`.
-        """
-        return render(self.plan(number))
+    def __getitem__(self, number: int) -> Sample:
+        """Sample `number`; see `draw`."""
+        return self.draw(number, render)
 
     def plan(self, number: int) -> SamplePlan:
-        """What sample `number` is made of. A record without a visible object is replaced by another one, drawn for this
-        number.
+        """What sample `number` is made of; see `draw`."""
+        return self.draw(number, lambda plan: plan)
+
+    def draw(
+        self,
+        number: int,
+        use: Callable[[SamplePlan], T],
+        guard: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> T:
+        """What `use` makes of the plan of sample `number`.
+
+        A record without a visible object is replaced by another one, drawn for this number; so is a record whose
+        `DataError` is swallowed by `guard`, the context, by the record's name, in which it is read.
 
         Raises:
             DataError: a defect of the data; or no visible object in any of many records.
@@ -97,9 +113,11 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         index = slot.record
         for _ in range(_MAX_DRAWS):
             wanted = None if slot.objects is None else Wanted(slot.objects, self._counts[index])
-            plan = plan_sample(self._dataset[index], self._item, self._augment, self._image_size, rng, wanted)
-            if plan is not None:
-                return plan
+            record = self._dataset[index]
+            with guard(record.name):
+                plan = plan_sample(record, self._item, self._augment, self._image_size, rng, wanted)
+                if plan is not None:
+                    return use(plan)
             index = int(rng.integers(len(self)))
         item = self._item
         raise DataError(

@@ -142,10 +142,10 @@ def test_sa1b_in_folders_and_tar_files(tmp_path):
         dataset = open_at(tmp_path / "tars")
         assert [int(record.frames([0])[0][5, 5, 0]) for record in dataset] == [1, 2, 3]
         assert [list(record.masks(0)) for record in dataset] == [[0, 2]] * 3
-    assert (tmp_path / "tars" / "sa_000000.tar.index.npz").is_file()
+    assert (tmp_path / "tars" / "sa_000000.tar.members.npz").is_file()
 
 
-def test_an_index_follows_its_tar(tmp_path):
+def test_an_index_follows_its_tar(tmp_path, monkeypatch):
     write_sa1b(tmp_path / "files", 1, [square(0)])
     write_sa1b(tmp_path / "files", 2, [square(0)])
     (tmp_path / "tars").mkdir()
@@ -155,8 +155,16 @@ def test_an_index_follows_its_tar(tmp_path):
                 for suffix in (".jpg", ".json"):
                     tar.add(tmp_path / "files" / f"{member}{suffix}", f"{member}{suffix}")
         assert [record.name for record in open_at(tmp_path / "tars")] == expected
-    (tmp_path / "tars" / "part.tar.index.npz").write_bytes(b"damaged")
+    index = tmp_path / "tars" / "part.tar.members.npz"
+    index.write_bytes(b"damaged")
     assert len(open_at(tmp_path / "tars")) == 2
+    index.unlink()
+    index.mkdir()  # nothing can be written there, as in a folder that is read-only
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(open_at(tmp_path / "tars")) == 2
+    (kept,) = (tmp_path / "cache" / "sam2fast").iterdir()
+    monkeypatch.setattr(tarfile, "open", None)  # the tar is not scanned again
+    assert len(open_at(tmp_path / "tars")) == 2 and kept.name.startswith("part.tar.")
 
 
 def test_sa1b_defects_are_named(tmp_path):

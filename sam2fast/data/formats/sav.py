@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report
-from ..files import WarnOnce, list_files, parse_json, read_bytes
+from ..files import Packed, WarnOnce, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
@@ -131,39 +131,44 @@ class _Masklets:
 
 
 class SavDataset:
-    """Dataset of `SavVideo`s."""
+    """Dataset of `SavVideo`s. The table of its files is kept in tensors (see `files.Packed`)."""
 
-    def __init__(self, name: str, videos: list[tuple[str, Path, list[Path]]]):
+    def __init__(self, name: str, videos: list[tuple[str, str, list[str]]]):
+        """`videos`: name, path of the mp4, paths of the JSON files."""
         self.name = name
-        self._videos = videos
+        self._videos = Packed("\0".join((video, path, *jsons)).encode() for video, path, jsons in videos)
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
         return len(self._videos)
 
     def __getitem__(self, index: int) -> SavVideo:
-        return SavVideo(*self._videos[index], self._warn)
+        name, video, *jsons = self._videos[index].decode().split("\0")
+        return SavVideo(name, Path(video), [Path(path) for path in jsons], self._warn)
 
     def sources(self) -> list[Path]:
-        return [path for _, _, jsons in self._videos for path in jsons]
+        return [Path(path) for row in self._videos for path in row.decode().split("\0")[2:]]
 
 
 def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     """Open a dataset in SA-V layout; see `formats.open_dataset`."""
     root, annotations = Path(config.root), Path(config.annotations or config.root)
     kinds = ("manual", "auto") if config.sav_annotations == "both" else (config.sav_annotations,)
-    jsons: dict[str, list[Path]] = {}
+    found = _paths(root)
+    annotated = _paths(annotations) if annotations != root else found
+    jsons: dict[str, list[str]] = {}
     for kind in kinds:
-        for folder, files in list_files(annotations, (f"_{kind}.json",)):
-            for file in files:
-                jsons.setdefault(file.removesuffix(f"_{kind}.json"), []).append(folder / file)
+        ending = f"_{kind}.json"
+        for file, path in annotated.items():
+            if file.endswith(ending):
+                jsons.setdefault(file.removesuffix(ending), []).append(path)
     if not jsons:
         wanted = " or ".join(f"*_{kind}.json" for kind in kinds)
         raise DataError(
             f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
             "they lie elsewhere) or `sav_annotations`"
         )
-    videos = {Path(file).stem: folder / file for folder, files in list_files(root, (".mp4",)) for file in files}
+    videos = {file[:-4]: path for file, path in found.items() if file[-4:].lower() == ".mp4"}
     names = sorted(jsons)
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in videos]
@@ -178,6 +183,11 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
         unused = {video: f"{videos[video]} has no annotations" for video in sorted(videos.keys() - jsons.keys())}
         note_warning("videos without annotations, which are not used", unused)
     return SavDataset(name, [(video, videos[video], jsons[video]) for video in names if video in videos])
+
+
+def _paths(root: Path) -> dict[str, str]:
+    """Path of each mp4 and JSON file below a folder, by its name."""
+    return {file: f"{folder}/{file}" for folder, files in list_files(root, (".mp4", ".json")) for file in files}
 
 
 def _number(value: Any) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report, tolerated
-from ..files import IMAGE_SUFFIXES, WarnOnce, check_image, decode_image, decode_labels, image_size, read_bytes
+from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, check_image, decode_image, decode_labels, image_size, read_bytes
 from ..masks import FrameMasks, check_size, label_masks
 from ..sample import DataError, SizeMismatch
 from .selection import select, shorten
@@ -133,21 +133,23 @@ class FolderVideo:
 
 
 class VideoFolder:
-    """Dataset of `FolderVideo`s."""
+    """Dataset of `FolderVideo`s. The table of its folders is kept in tensors (see `files.Packed`)."""
 
-    def __init__(self, name: str, videos: list[tuple[str, Path, Path]]):
+    def __init__(self, name: str, videos: list[tuple[str, str, str]]):
+        """`videos`: name, folder of frames, folder of masks."""
         self.name = name
-        self._videos = videos
+        self._videos = Packed("\0".join(video).encode() for video in videos)
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
         return len(self._videos)
 
     def __getitem__(self, index: int) -> FolderVideo:
-        return FolderVideo(*self._videos[index], self._warn)
+        name, frames, masks = self._videos[index].decode().split("\0")
+        return FolderVideo(name, Path(frames), Path(masks), self._warn)
 
     def sources(self) -> list[Path]:
-        return [masks for _, _, masks in self._videos]
+        return [Path(row.decode().split("\0")[2]) for row in self._videos]
 
 
 def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolder:
@@ -162,7 +164,7 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
     frames_root, masks_root = found
     if _by_key(frames_root, IMAGE_SUFFIXES):  # a single video, without a folder of its own
         single = Path(config.root).resolve().name
-        frames, masks = {single: frames_root}, {single: masks_root}
+        frames, masks = {single: str(frames_root)}, {single: str(masks_root)}
     else:
         frames, masks = _subfolders(frames_root), _subfolders(masks_root)
     names = sorted(frames | masks)
@@ -215,8 +217,9 @@ def _has_png(folder: Path) -> bool:
     return next(folder.rglob("*.png"), None) is not None
 
 
-def _subfolders(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+def _subfolders(folder: Path) -> dict[str, str]:
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
 
 
 def _by_key(folder: Path, suffixes: tuple[str, ...]) -> dict[_Key, Path]:
