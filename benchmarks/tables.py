@@ -3,7 +3,7 @@
     python benchmarks/tables.py
 
 replaces what stands between `<!-- table NAME -->` and `<!-- end -->`. Computed figures come from step_counts.csv and
-step_parts.csv, measured ones from step_time.csv.
+step_parts.csv and graph_counts.csv, measured ones from step_time.csv.
 """
 
 from __future__ import annotations
@@ -70,6 +70,18 @@ def launches() -> list[str]:
     return lines
 
 
+def graphs() -> list[str]:
+    """What the host launches eagerly and with model.cuda_graphs, and the kernels inside the graph."""
+    counts = _counts()
+    lines = ["| step | host, eager | host, with graphs | kernels in the graph |", "|---|---|---|---|"]
+    for row in _read("graph_counts.csv"):
+        eager = counts[row["size"], row["batch"], row["off"], row["recompute"]]["launches"]
+        figures = (int(eager), int(row["launches"]), int(row["recorded"]))
+        name = f"{SIZES[row['size']]}, {BATCHES[row['batch']]}"
+        lines.append(f"| {name} | " + " | ".join(f"{figure:,}" for figure in figures) + " |")
+    return lines
+
+
 def ablation(shape: str) -> list[str]:
     """Time and memory with one switch off, against all on, in the last run of a shape."""
     last = {row["provider"]: row for row in _read("step_time.csv") if row["shape"] == shape}
@@ -106,6 +118,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "parts": parts,
     "memory": memory,
     "launches": launches,
+    "graphs": graphs,
     "ablation": ablation,
     "times": times,
 }

@@ -32,6 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--limit", type=int, metavar="N", help="check a random sample of N videos or images")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for report and contact sheet (runs/check-data/NAME)")
     sub.add_argument("--workers", type=int, metavar="N", help="processes; all cores if not given")
+    sub = commands.add_parser("augmentations", help="draw samples before and after each augmentation")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="take the dataset and the augmentations of a stage of this config")
+    source.add_argument("--data", help="take this dataset, and all augmentations there are")
+    sub.add_argument("--stage", help="name of the stage of the config; default: the first")
+    sub.add_argument("--out", required=True, help="PNG to write")
+    sub.add_argument("--clips", type=int, default=3, help="clips side by side (default %(default)s)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub = commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
     sub = commands.add_parser(
         "quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU"
@@ -53,7 +62,45 @@ def main(argv: list[str] | None = None) -> int:
         return train(args.config, [*args.overrides, *overrides])
     if args.command == "evaluate":
         return evaluate(args.config, args.checkpoint, [*args.overrides, *overrides])
+    if args.command == "augmentations":
+        args.overrides = [*args.overrides, *overrides]
+        return augmentations(args)
     return quickstart(Path(args.folder))
+
+
+def augmentations(args: argparse.Namespace) -> int:
+    """Draw the sheet of augmentations; returns the exit code."""
+
+    def body() -> None:
+        from .config import ConfigError, DatasetConfig, MixItem, nearest
+        from .config_file import load_config
+        from .data import sheet
+        from .data.formats import open_dataset
+
+        if args.clips < 1:
+            raise ConfigError(f"--clips must be at least 1, not {args.clips}")
+        if args.data:
+            if args.overrides or args.stage:
+                raise ConfigError("key=value and --stage change a config; give --config in place of --data")
+            dataset = open_dataset(DatasetConfig(root=args.data), "data", args.seed)
+            longest = max(len(dataset[index].annotated) for index in range(min(args.clips, len(dataset))))
+            item, augment = MixItem(dataset="data", frames=min(8, longest), reverse=0.5), sheet.EVERYTHING
+            size = 1024
+        else:
+            config = load_config(args.config, args.overrides)
+            stages = {stage.name: stage for stage in config.stages}
+            name = args.stage or config.stages[0].name
+            if name not in stages:
+                raise ConfigError(f"--stage: the config has no stage {name!r}{nearest(name, stages)}")
+            item, augment = stages[name].data[0], stages[name].augment
+            dataset, size = (
+                open_dataset(config.data.datasets[item.dataset], item.dataset, config.seed),
+                config.model.image_size,
+            )
+        sheet.write_sheet(args.out, sheet.draw_sheet(dataset, item, augment, size, args.seed, args.clips))
+        print(f"wrote {args.out}: rows are augmentations, columns the frames of {min(args.clips, len(dataset))} clips")
+
+    return _guarded(body)
 
 
 def train(config_path: str, overrides: list[str], local_rank: int | None = None) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from .checkpoint import CheckpointStore, RunState
 from .config import Config, StageConfig, UserError
+from .data.dali import build_decoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
 from .data.sample import Batch
 from .data.sampling import ClipDataset
 from .losses import SegmentationLoss
-from .models.plan import draw_plan
+from .models.plan import RolloutPlan, draw_plan
 from .optim import learning_rate
-from .parallel import Engine, Ranks, StepResult
+from .parallel import CudaCapture, Engine, GraphedSteps, Ranks, StepResult
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
 from .telemetry.run_log import RunLog
@@ -110,6 +111,10 @@ class StageTrainer:
         self.mixture = Mixture(self.stage, config.seed, state.stage)
         self.datasets = datasets
         self.loaders: dict[int, Iterator[Batch]] = {}
+        self.graphs: GraphedSteps | None = None
+        if config.model.cuda_graphs:
+            self.graphs = GraphedSteps(engine, self._terms_of_inputs, CudaCapture(), engine.module.constant_tables)
+        self.decoder = build_decoder(config.data, ranks.device)
 
     def train(self) -> None:
         """Run the stage.
@@ -144,6 +149,7 @@ class StageTrainer:
         finally:
             for loader in self.loaders.values():
                 loader.close()
+            self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of this step, all before the first forward: their objects are counted for the
@@ -159,6 +165,7 @@ class StageTrainer:
                 start=start,
                 workers=self.config.data.workers,
                 accumulate=self.stage.accumulate,
+                decoder=self.decoder,
             )
         return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
 
@@ -178,15 +185,31 @@ class StageTrainer:
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             self._seed(micro)
-            batch = batch.to(device, non_blocking=True)
-            output = self.engine.forward(batch, plan)
-            terms = self.loss([frame.steps for frame in output.frames], batch.masks, normalizer)
-            self.engine.backward(terms["total"], boundary=micro == len(batches) - 1)
+            terms = self._micro_step(batch, plan, normalizer, boundary=micro == len(batches) - 1)
             for name, value in terms.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-            del output, terms  # or they would live through the next forward
+                totals[name] = totals[name] + value if name in totals else value
         result = self.engine.step(learning_rate(self.stage.optim, state.step, self.stage.steps))
         self._record(result, totals, batches)
+
+    def _micro_step(self, batch: Batch, plan: RolloutPlan, normalizer: Tensor, boundary: bool) -> dict[str, Tensor]:
+        """Loss terms of a batch, whose gradients are added to those of this step."""
+        if self.graphs is not None:
+            inputs = {"frames": batch.frames, "masks": batch.masks, "object_to_clip": batch.object_to_clip}
+            if plan.clicks:
+                flags = torch.tensor(plan.click_from_gt)
+                inputs["on_object"] = flags.pin_memory() if self.ranks.device.type == "cuda" else flags
+            return self.graphs.run(plan.kind, inputs | {"normalizer": normalizer}, boundary)
+        terms = self._terms(batch.to(self.ranks.device, non_blocking=True), plan, normalizer)
+        self.engine.backward(terms["total"], boundary)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _terms(self, batch: Batch, plan: RolloutPlan, normalizer: Tensor) -> dict[str, Tensor]:
+        output = self.engine.forward(batch, plan)
+        return self.loss([frame.steps for frame in output.frames], batch.masks, normalizer)
+
+    def _terms_of_inputs(self, kind: RolloutPlan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = Batch(inputs["frames"], inputs["masks"], inputs["object_to_clip"], [])
+        return self._terms(batch, replace(kind, on_object=inputs.get("on_object")), inputs["normalizer"])
 
     def _seed(self, micro: int) -> None:
         """Randomness of content (dropout, clicks) is a function of seed, step and rank, so a resumed run repeats it."""
@@ -245,6 +268,7 @@ class StageTrainer:
             "lr/base": optim.lr * scale,
             "lr/encoder": (optim.encoder_lr or optim.lr) * scale,
             **perf,
+            **({"perf/replayed": self.graphs.replayed_share()} if self.graphs else {}),
             **self.telemetry.gpu(),
         }
         values["train/bad_steps"] = float(state.bad_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import sam2fast.compat  # noqa: F401  (before timm imports torchvision)
-from sam2fast.config import LossConfig
+from sam2fast.config import LossConfig, OptimConfig
 from sam2fast.data.sample import Batch
 from sam2fast.losses import SegmentationLoss
 from sam2fast.models.architecture import architecture
 from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.sam2 import SAM2
+from sam2fast.parallel import CudaCapture, GraphedSteps, Ranks
+from sam2fast.parallel.ddp import TorchEngine
 from sam2fast.parallel.engine import clip_within_update
 from sam2fast.performance import PerformanceConfig
 from sam2fast_kernels import library
@@ -96,6 +99,33 @@ class Step:
         return gradient
 
 
+class GraphedStep(Step):
+    """One that is replayed as a CUDA graph; `forward` then computes the gradients too."""
+
+    def __init__(self, shape: StepShape, device: torch.device, switches: Switches) -> None:
+        super().__init__(shape, device, switches)
+        self.model.fix_sizes()
+        precision = str(shape.dtype).removeprefix("torch.")
+        groups = [{"params": self.parameters, "lr": 0.0, "base_lr": 0.0}]
+        self.engine = TorchEngine(OptimConfig(), Ranks(0, 1, 0, device), self.model, groups, precision)
+        self.graphs = GraphedSteps(self.engine, self._terms, CudaCapture(), self.model.constant_tables, record_at=1)
+
+    def _terms(self, plan: RolloutPlan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = Batch(inputs["frames"], inputs["masks"], inputs["object_to_clip"], [])
+        output = self.engine.forward(batch, plan)
+        return self.loss([f.steps for f in output.frames], batch.masks, batch.num_objects)
+
+    def forward(self, shape: StepShape, batch: Batch) -> Tensor:
+        torch.manual_seed(1)
+        inputs = {name: getattr(batch, name) for name in ("frames", "masks", "object_to_clip")}
+        return self.graphs.run(KINDS[shape.kind], inputs, boundary=True)["total"]
+
+    def update(self, total: Tensor) -> Tensor:
+        gradient = self.model.image_encoder.trunk.patch_embed.proj.weight.grad.clone()
+        self.engine.step(1.0)
+        return gradient
+
+
 @dataclass(frozen=True)
 class Switches:
     performance: PerformanceConfig = PerformanceConfig()
@@ -103,6 +133,13 @@ class Switches:
     recompute: str = "none"
     compile: bool = False
     bfloat16_streams: bool = False
+    graphs: bool = False
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why such a step cannot run on a device."""
+        if self.graphs and device.type != "cuda":
+            return "needs CUDA"
+        return library.compile_obstacle(device) if self.compile else None
 
 
 OFF = Switches(PerformanceConfig.all_off(), fused_loss=False)
@@ -110,6 +147,8 @@ PROVIDERS = {
     "all_off": OFF,
     "all_on": Switches(),
     "all_on_compiled": Switches(compile=True),
+    "all_on_graphs": Switches(graphs=True),
+    "all_on_compiled_graphs": Switches(compile=True, graphs=True),
     "all_on_bfloat16_streams": Switches(bfloat16_streams=True),
     "recompute_decoder": Switches(recompute="decoder"),
     "no_fused_loss": Switches(fused_loss=False),
@@ -118,15 +157,16 @@ PROVIDERS = {
 
 
 def _provider(name: str) -> Provider:
+    switches = PROVIDERS[name]
+    kind = GraphedStep if switches.graphs else Step
+
     def run(inputs: Inputs) -> Outputs:
         if name not in inputs.steps:
-            inputs.steps[name] = Step(inputs.shape, inputs.batch.frames.device, PROVIDERS[name])
+            inputs.steps[name] = kind(inputs.shape, inputs.batch.frames.device, switches)
         inputs.running = inputs.steps[name]
         return {"total": inputs.running.forward(inputs.shape, inputs.batch)}
 
-    return (
-        Provider(lambda: run, obstacle=library.compile_obstacle) if PROVIDERS[name].compile else Provider(lambda: run)
-    )
+    return Provider(lambda: run, obstacle=switches.obstacle)
 
 
 class StepTimeCase(Case):

@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .counter import Tally
+from .graphs import PLACES, GraphCount
 from .parts import PARTS
 from .steps import SWITCHES, Setup, StepCount
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "step_counts.csv"
 PART_RESULTS = RESULTS.with_name("step_parts.csv")
+GRAPH_RESULTS = RESULTS.with_name("graph_counts.csv")
 KEYS = ("size", "batch", "off", "recompute")
 FIGURES = ("forward_flops", "backward_flops", "bytes", "launches", "saved_bytes", "peak_bytes", "state_bytes")
 
@@ -25,6 +27,7 @@ PART_FIGURES = (
     "forward_flops backward_flops forward_bytes backward_bytes forward_launches backward_launches saved_bytes "
     "at_peak_bytes"
 ).split()
+GRAPH_FIGURES = ("recorded", "launches", *PLACES)
 
 
 def setting(setup: Setup) -> dict[str, str]:
@@ -94,6 +97,22 @@ def print_count(setup: Setup, count: StepCount, top: int) -> None:
     )
     if top:
         _print_top(console, count, top)
+
+
+def print_graph(setup: Setup, count: GraphCount) -> dict[str, str | int]:
+    """One line, and the row of GRAPH_RESULTS."""
+    name = setting(setup)
+    places = ", ".join(f"{value} {place.replace('_', ' ')}" for place, value in count.host.items())
+    print(
+        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.total} launches "
+        f"of the host ({places}), {count.recorded} kernels in the graph (computed, not measured)"
+    )
+    return {**name, "recorded": count.recorded, "launches": count.total, **count.host}
+
+
+def save_graphs(rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to GRAPH_RESULTS, in place of those of the same setting."""
+    _merge(GRAPH_RESULTS, KEYS, GRAPH_FIGURES, rows)
 
 
 def save(rows: Sequence[dict[str, Any]]) -> None:

@@ -60,6 +60,13 @@ def decode_image(data: bytes, source: str | os.PathLike) -> np.ndarray:
     return image
 
 
+def check_image(data: bytes, source: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of an image that somebody else will decode, once its header is sound and its end is there."""
+    if _is_cut_off(data):
+        raise DataError(f"cannot decode {source}: cut off after {len(data)} bytes; {_DAMAGED}")
+    return image_size(data, source)
+
+
 def image_size(data: bytes, source: str | os.PathLike) -> tuple[int, int]:
     """Height and width of an image as stored, from its header alone."""
     from PIL import Image

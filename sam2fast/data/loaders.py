@@ -9,14 +9,20 @@ from __future__ import annotations
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
 
+from .dali_plan import assemble
+from .render import SamplePlan, render
 from .sample import Batch, DataError, collate
 from .sampling import ClipDataset
+
+if TYPE_CHECKING:
+    from .dali import DaliDecoder
 
 _DEAD_WORKER = (
     "a data loading process died ({}); usually memory or shared memory (/dev/shm) ran out: lower `data.workers`, "
@@ -32,6 +38,7 @@ def build_loader(
     start: int = 0,
     workers: int = 0,
     accumulate: int = 1,
+    decoder: DaliDecoder | None = None,
 ) -> Iterator[Batch]:
     """Endless micro-batches of one rank: micro-batch k holds samples (k * world_size + rank) * batch_size + 0, 1, ...
 
@@ -43,6 +50,7 @@ def build_loader(
         start: k of the first micro-batch (where a resumed run continues).
         workers: processes that decode; 0 decodes in this one.
         accumulate: micro-batches that the caller takes in one go; as many are prepared ahead.
+        decoder: decodes and augments the frames in this process; without it the workers do, with OpenCV.
 
     Raises:
         DataError: from the iterator: a defect of the data, or a worker process that died.
@@ -59,7 +67,7 @@ def build_loader(
             "prefetch_factor": max(2, -(-accumulate // workers)),
         }
     loader = torch.utils.data.DataLoader(
-        _Collated(dataset),
+        _Collated(dataset, *((decoder.encode, assemble) if decoder else (render, collate))),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
@@ -67,7 +75,8 @@ def build_loader(
         generator=torch.Generator(),  # of its own: loading must not advance the generator of the model's dropout
         **options,
     )
-    return _checked(iter(loader), workers)
+    batches = _checked(iter(loader), workers)
+    return decoder.decode(batches) if decoder else batches
 
 
 class _MicroBatches:
@@ -86,12 +95,12 @@ class _Collated:
     """Batches of a dataset by lists of sample numbers. A `DataError` is handed over as its text: raised in a worker it
     would reach the user inside the traceback of another process."""
 
-    def __init__(self, dataset: ClipDataset):
-        self._dataset = dataset
+    def __init__(self, dataset: ClipDataset, use: Callable[[SamplePlan], Any], collate: Callable[[list[Any]], Any]):
+        self._dataset, self._use, self._collate = dataset, use, collate
 
-    def __getitem__(self, numbers: list[int]) -> Batch | str:
+    def __getitem__(self, numbers: list[int]) -> Any | str:
         try:
-            return collate([self._dataset[number] for number in numbers])
+            return self._collate([self._use(self._dataset.plan(number)) for number in numbers])
         except DataError as error:
             return str(error)
 

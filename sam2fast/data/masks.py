@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 _AREA_BELOW = 0.25
-"""`Geometry.mask` averages areas along axes that shrink to under this share."""
+"""`Geometry.masks` averages areas along axes that shrink to under this share."""
 _BROKEN = "fix the annotation, or name the video or image in the dataset's `exclude`"
 
 
@@ -50,20 +50,22 @@ class FrameMasks(Mapping[int, np.ndarray]):
     def __len__(self) -> int:
         return len(self._areas)
 
+    def areas(self) -> tuple[list[int], int]:
+        """Pixels of every object as annotated, and of the frame."""
+        return list(self._areas.values()), self.size[0] * self.size[1]
+
     def area(self, object_id: int) -> int:
         """Pixels of an object as annotated, without decoding its mask."""
         return self._areas[object_id]
 
-    def resampled(self, object_ids: Sequence[int], geometry: Geometry) -> np.ndarray:
-        """Visible objects as a sample has them: bool [O, S, S], S the side of `geometry`.
+    def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
+        """Objects as a sample has them: bool [O, S, S], that of `out` where it is given, S the side of `geometry`. One
+        that is not visible has an empty mask.
 
         Each is `geometry.mask` of the object's mask. Run lengths make the same square without the mask in between, by
         exact bilinear interpolation, where `geometry` is a crop and resize that does not average areas.
         """
-        out = np.empty((len(object_ids), geometry.side, geometry.side), bool)
-        for row, object_id in zip(out, object_ids, strict=True):
-            row[:] = geometry.mask(self[object_id])
-        return out
+        return geometry.masks([self.get(object_id) for object_id in object_ids], out)
 
 
 class _LabelMasks(FrameMasks):
@@ -73,13 +75,13 @@ class _LabelMasks(FrameMasks):
         super().__init__(size, areas, lambda object_id: labels == object_id)
         self._labels = labels
 
-    def resampled(self, object_ids: Sequence[int], geometry: Geometry) -> np.ndarray:
-        if self._labels.shape != self.size:
-            return super().resampled(object_ids, geometry)
+    def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
+        if self._labels.shape != self.size or geometry.matrix is not None:
+            return super().resampled(object_ids, geometry, out)
         # Compares the pixels that are used, not all.
         used = self._labels[geometry.source]
         local = replace(geometry, source=(slice(0, used.shape[0]), slice(0, used.shape[1])))
-        return FrameMasks(used.shape, self._areas, lambda object_id: used == object_id).resampled(object_ids, local)
+        return local.masks([used == number if number in self else None for number in object_ids], out)
 
 
 class _RunLengthMasks(FrameMasks):
@@ -90,12 +92,19 @@ class _RunLengthMasks(FrameMasks):
         super().__init__(size, areas, self._draw)
         self._places = places
 
-    def resampled(self, object_ids: Sequence[int], geometry: Geometry) -> np.ndarray:
-        places = [self._places[object_id] for object_id in object_ids]
-        if not places or {runs.size for runs, _ in places} != {self.size} or not _is_linear(geometry):
-            return super().resampled(object_ids, geometry)
-        runs = places[0][0].select([number for _, number in places])
-        return runs.resample(geometry.source, geometry.target, geometry.side, geometry.flip).numpy()
+    def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
+        places = {row: self._places[number] for row, number in enumerate(object_ids) if number in self}
+        if not places or {runs.size for runs, _ in places.values()} != {self.size} or not _is_linear(geometry):
+            return super().resampled(object_ids, geometry, out)
+        shared = next(iter(places.values()))[0]
+        runs = shared.select([number for _, number in places.values()])
+        masks = runs.resample(geometry.source, *_target(geometry)).numpy()
+        if out is None and len(places) == len(object_ids):
+            return masks
+        out = np.empty((len(object_ids), *masks.shape[1:]), bool) if out is None else out
+        out[list(set(range(len(out))).difference(places))] = False
+        out[list(places)] = masks
+        return out
 
     def _draw(self, object_id: int) -> np.ndarray:
         runs, number = self._places[object_id]
@@ -139,6 +148,15 @@ def run_length_masks(annotations: Mapping[int, tuple[Any, str]], size: Size, war
                 check_size(mask_size, size, source, warn)
                 areas[object_id], places[object_id] = area, (runs, number)
     return _RunLengthMasks(size, areas, places)
+
+
+def annotated_areas(annotations: Mapping[int, tuple[Any, str]]) -> tuple[list[int], int]:
+    """Pixels of the objects of COCO run lengths (see `run_length_masks`) that have any, and of their frame, taken to be
+    of the size that the first annotation states."""
+    if not annotations:
+        return [], 1
+    size, _ = _size_and_counts(*next(iter(annotations.values())))
+    return run_length_masks(annotations, size, lambda warning: None).areas()
 
 
 def polygons_to_rle(polygons: Any, size: Size, source: str) -> dict[str, Any]:
@@ -208,6 +226,18 @@ def _is_linear(geometry: Geometry) -> bool:
         to.stop - to.start >= _AREA_BELOW * (used.stop - used.start)
         for used, to in zip(geometry.source, geometry.target, strict=True)
     )
+
+
+def _target(geometry: Geometry) -> tuple[tuple[slice, slice], int, bool]:
+    """The part of the square that is filled before the square is mirrored, its side, and whether it is."""
+    if geometry.mosaic is None:
+        return geometry.target, geometry.side, geometry.flip
+    half = geometry.side // 2
+    down, across = divmod(geometry.mosaic.cell, 2)
+    flip = geometry.flip != geometry.mosaic.flips[geometry.mosaic.cell]
+    shifts = half * down, half * (across != flip)  # mirroring the square brings a cell to the other side
+    target = tuple(slice(part.start + by, part.stop + by) for part, by in zip(geometry.target, shifts, strict=True))
+    return target, geometry.side, flip
 
 
 def _brief(value: Any) -> str:

@@ -14,6 +14,8 @@ from .sample import DataError
 
 _SEEK_GAIN = 8
 """A seek must save decoding more frames than this: it empties the decoder's pipeline."""
+_GPU_CODECS = ("h264", "hevc", "av1", "libdav1d", "vp9")
+"""Names of FFmpeg's decoders."""
 
 
 class VideoReader:
@@ -73,6 +75,21 @@ class VideoReader:
             images[index] = np.rot90(image, self._last.rotation // 90) if self._last.rotation else image
         return [images[index] for index in indices]
 
+    @property
+    def plain(self) -> bool:
+        """Whether decoders that know neither edit lists nor rotation number and show the frames as this one does: every
+        packet is one frame with a time of its own, upright, 8 bits, 4:2:0, of a codec that GPUs decode."""
+        self._open()
+        if self._last is None:
+            self._decode_until(0)
+        codec = self._stream.codec_context
+        return (
+            self._every_packet_shown
+            and not self._last.rotation
+            and codec.pix_fmt in ("yuv420p", "yuvj420p")
+            and codec.name in _GPU_CODECS
+        )
+
     def close(self) -> None:
         if self._container is not None:
             self._container.close()
@@ -109,6 +126,7 @@ class VideoReader:
         if not times or packets < self._stream.frames:
             raise self._unreadable(f"the file ends after {packets} of {self._stream.frames or 'its'} frames")
         self._times = np.unique(times)
+        self._every_packet_shown = len(self._times) == packets
         self._key_frames = np.searchsorted(self._times, np.unique(keys)) if keys else np.zeros(1, np.int64)
         self._seek(0)
 

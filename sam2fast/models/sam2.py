@@ -144,11 +144,20 @@ class SAM2(nn.Module):
         """
         # All blocks share one function, and every block that differs in shape counts as a recompilation of it.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
-        self.image_encoder.trunk.compiled = True
+        self.fix_sizes()
         for block in self.image_encoder.trunk.blocks:
             block.compile(backend=backend, dynamic=False)
         for region in (*self.memory_attention.layers, self.memory_encoder):
             region.compile(backend=backend)
+
+    def fix_sizes(self) -> None:
+        """From now on the sizes of a training step follow from the shapes of its batch and its plan alone."""
+        self.image_encoder.trunk.fixed_sizes = True
+
+    def constant_tables(self) -> list[Tensor]:
+        """Tensors that steps read beside inputs, parameters and buffers."""
+        caches = (part for module in self.modules() for part in vars(module).values() if isinstance(part, TableCache))
+        return [table for cache in caches for table in cache.tensors()]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -51,8 +51,8 @@ stages:
     accumulate: 2
     mixture: alternate
     data:
-      - {dataset: images, batch_size: 2, max_objects: 2}
-      - {dataset: videos, frames: 3, batch_size: 1, max_objects: 2, occlusion: {probability: 0.5, max_frames: 1}}
+      - {dataset: images, batch_size: 2, max_objects: 2, balance: true}
+      - {dataset: videos, frames: 3, max_objects: 2, balance: true, occlusion: {probability: 0.5, max_frames: 1}}
     prompts: *prompts
     optim: *optim
 validation:

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report, tolerated
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, run_length_masks
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -60,14 +71,30 @@ class Sa1bImage:
         image = decode_image(self._bytes, self._image)
         return [image for _ in indices]
 
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        assert not any(indices), indices
+        check_image(self._bytes, self._image)
+        return [self._bytes for _ in indices]
+
     def masks(self, frame: int) -> FrameMasks:
         """Object ids are the positions in the file's list."""
         assert frame == 0, frame
-        rles = {}
-        for number, annotation in enumerate(self._annotations):
-            rle = annotation.get("segmentation") if isinstance(annotation, dict) else None
-            rles[number] = rle, f"{self._annotation}, annotation {number}"
-        return run_length_masks(rles, self.size, self._warn)
+        return run_length_masks(self._run_lengths, self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        assert frame == 0, frame
+        return annotated_areas(self._run_lengths)
+
+    @property
+    def _run_lengths(self) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            number: (
+                annotation.get("segmentation") if isinstance(annotation, dict) else None,
+                f"{self._annotation}, annotation {number}",
+            )
+            for number, annotation in enumerate(self._annotations)
+        }
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -94,6 +121,8 @@ class Sa1bDataset:
         places = [place for _, *pair in pairs for place in pair]
         self._paths = Packed("\0".join(place[:2]).encode() for place in places)
         self._spans = torch.tensor([place[2:] for place in places], dtype=torch.int64).reshape(-1, 2, 2)
+        paths = {place.path if place.member else os.path.dirname(place.path) for _, _, place in pairs}
+        self._sources = [Path(path) for path in sorted(paths)]
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
@@ -105,6 +134,10 @@ class Sa1bDataset:
             for part in (0, 1)
         )
         return Sa1bImage(self._names[index].decode(), image, annotation, self._warn)
+
+    def sources(self) -> list[Path]:
+        """Tar files, and the folders of single files."""
+        return self._sources
 
 
 def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
@@ -164,7 +197,7 @@ def _tar_members(path: Path) -> list[_Place]:
                         _Place(str(path), name, offset, size)
                         for name, (offset, size) in zip(stored["names"].tolist(), stored["spans"].tolist(), strict=True)
                     ]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # written by something else, or damaged: it is only a cache
     try:
         with tarfile.open(path, "r:") as tar:

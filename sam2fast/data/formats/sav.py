@@ -17,7 +17,7 @@ import numpy as np
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report
 from ..files import WarnOnce, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, run_length_masks
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
 from .selection import select, shorten
@@ -55,12 +55,24 @@ class SavVideo:
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         return self._reader.frames(indices)
 
+    @property
+    def plain_video(self) -> Path | None:
+        """The file, where any decoder finds the frames by number (`VideoReader.plain`)."""
+        return self._reader.path if self._reader.plain else None
+
     def masks(self, frame: int) -> FrameMasks:
-        rles = {}
-        for track in self._tracks:
-            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
-                rles[object_id] = rle, f"{track.path}, frame {frame}, object {object_id}"
-        return run_length_masks(rles, self.size, self._warn)
+        return run_length_masks(self._run_lengths(frame), self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        return annotated_areas(self._run_lengths(frame))
+
+    def _run_lengths(self, frame: int) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            object_id: (rle, f"{track.path}, frame {frame}, object {object_id}")
+            for track in self._tracks
+            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True)
+        }
 
     @cached_property
     def _tracks(self) -> list[_Masklets]:
@@ -131,6 +143,9 @@ class SavDataset:
 
     def __getitem__(self, index: int) -> SavVideo:
         return SavVideo(*self._videos[index], self._warn)
+
+    def sources(self) -> list[Path]:
+        return [path for _, _, jsons in self._videos for path in jsons]
 
 
 def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:

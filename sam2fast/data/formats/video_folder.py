@@ -17,7 +17,7 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report, tolerated
-from ..files import IMAGE_SUFFIXES, WarnOnce, decode_image, decode_labels, image_size, read_bytes
+from ..files import IMAGE_SUFFIXES, WarnOnce, check_image, decode_image, decode_labels, image_size, read_bytes
 from ..masks import FrameMasks, check_size, label_masks
 from ..sample import DataError, SizeMismatch
 from .selection import select, shorten
@@ -52,14 +52,23 @@ class FolderVideo:
         for index in indices:
             path = self._frame_files[index]
             images.append(decode_image(read_bytes(path), path))
-            if images[-1].shape[:2] != self.size:
-                height, width = images[-1].shape[:2]
-                raise SizeMismatch(
-                    f"{path} is {width} x {height}, the first frame of the video {self.size[1]} x "
-                    f"{self.size[0]} (width x height); give all frames one size, or name the video in "
-                    "`exclude`"
-                )
+            self._check_frame_size(images[-1].shape[:2], path)
         return images
+
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        files = []
+        for index in indices:
+            path = self._frame_files[index]
+            files.append(read_bytes(path))
+            self._check_frame_size(check_image(files[-1], path), path)
+        return files
+
+    def _check_frame_size(self, size: tuple[int, int], path: Path) -> None:
+        if size != self.size:
+            raise SizeMismatch(
+                f"{path} is {size[1]} x {size[0]}, the first frame of the video {self.size[1]} x {self.size[0]} "
+                "(width x height); give all frames one size, or name the video in `exclude`"
+            )
 
     def masks(self, frame: int) -> FrameMasks:
         files = self._mask_files[frame]
@@ -71,6 +80,9 @@ class FolderVideo:
                 per_object[object_id] = self._labels(path) > 0
         areas = {object_id: int(np.count_nonzero(mask)) for object_id, mask in per_object.items()}
         return FrameMasks(self.size, areas, per_object.__getitem__)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        return self.masks(frame).areas()
 
     def _labels(self, path: Path) -> np.ndarray:
         labels = decode_labels(read_bytes(path), path)
@@ -133,6 +145,9 @@ class VideoFolder:
 
     def __getitem__(self, index: int) -> FolderVideo:
         return FolderVideo(*self._videos[index], self._warn)
+
+    def sources(self) -> list[Path]:
+        return [masks for _, _, masks in self._videos]
 
 
 def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolder:
