@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 _AREA_BELOW = 0.25
-"""`Geometry.mask` averages areas along axes that shrink to under this share."""
+"""`Geometry.masks` averages areas along axes that shrink to under this share."""
 _BROKEN = "fix the annotation, or name the video or image in the dataset's `exclude`"
 
 
@@ -98,7 +98,7 @@ class _RunLengthMasks(FrameMasks):
             return super().resampled(object_ids, geometry, out)
         shared = next(iter(places.values()))[0]
         runs = shared.select([number for _, number in places.values()])
-        masks = runs.resample(geometry.source, geometry.target, geometry.side, geometry.flip).numpy()
+        masks = runs.resample(geometry.source, *_target(geometry)).numpy()
         if out is None and len(places) == len(object_ids):
             return masks
         out = np.empty((len(object_ids), *masks.shape[1:]), bool) if out is None else out
@@ -222,14 +222,22 @@ def _size_and_counts(annotation: Any, source: str) -> tuple[Size, Any]:
 
 def _is_linear(geometry: Geometry) -> bool:
     """Whether masks are cropped and resized by linear interpolation alone."""
-    return (
-        geometry.matrix is None
-        and geometry.mosaic is None
-        and all(
-            to.stop - to.start >= _AREA_BELOW * (used.stop - used.start)
-            for used, to in zip(geometry.source, geometry.target, strict=True)
-        )
+    return geometry.matrix is None and all(
+        to.stop - to.start >= _AREA_BELOW * (used.stop - used.start)
+        for used, to in zip(geometry.source, geometry.target, strict=True)
     )
+
+
+def _target(geometry: Geometry) -> tuple[tuple[slice, slice], int, bool]:
+    """The part of the square that is filled before the square is mirrored, its side, and whether it is."""
+    if geometry.mosaic is None:
+        return geometry.target, geometry.side, geometry.flip
+    half = geometry.side // 2
+    down, across = divmod(geometry.mosaic.cell, 2)
+    flip = geometry.flip != geometry.mosaic.flips[geometry.mosaic.cell]
+    shifts = half * down, half * (across != flip)  # mirroring the square brings a cell to the other side
+    target = tuple(slice(part.start + by, part.stop + by) for part, by in zip(geometry.target, shifts, strict=True))
+    return target, geometry.side, flip
 
 
 def _brief(value: Any) -> str:
