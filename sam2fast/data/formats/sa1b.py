@@ -284,7 +284,7 @@ def _rows(table: _Table, rows: np.ndarray) -> _Table:
 
 def _as_tensor(texts: np.ndarray) -> torch.Tensor:
     """bytes [N] to uint8 [N, longest]."""
-    return torch.from_numpy(np.ascontiguousarray(texts).view(np.uint8).reshape(len(texts), -1))
+    return torch.from_numpy(np.ascontiguousarray(texts).view(np.uint8).reshape(len(texts), texts.itemsize))
 
 
 def _as_text(row: torch.Tensor) -> str:
