@@ -341,6 +341,12 @@ class DataConfig(Section):
     """Shorthand: interpolate it in the datasets as ${data.root}."""
     workers: Annotated[int, Field(ge=0, le=128)] = 2
     """Loader processes of each rank, for each dataset that the stage reads."""
+    prefetch: Positive = 2
+    """Batches that each loader process prepares ahead (more where `accumulate` takes more in one step). They wait in
+    memory of the host: `workers` x `prefetch` for each dataset and rank."""
+    max_bad_share: Probability = 0.01
+    """Videos or images that cannot be used (damaged files, too few frames for a clip) are replaced, counted and listed
+    in the run folder. More than this share of a dataset stops the run; 0 stops it at the first."""
     backend: Literal["auto", "opencv", "dali"] = "auto"
     """What decodes and augments frames: opencv in the loader processes, or NVIDIA DALI, on the device. Both give the
     same samples in the same order. auto is DALI on a GPU where it is installed."""

@@ -39,7 +39,13 @@ ALLOWED["recipe"] = {*ALLOWED, "trainer"}
 ALLOWED["cli"] = {*ALLOWED, "recipe"}
 ALLOWED["train"] = {"cli"}
 
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
+DISTRIBUTIONS = {
+    "nvidia": "nvidia-dali-cuda130",
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "pynvml": "nvidia-ml-py",
+}
 """Import names that differ from the name of the package to install."""
 
 TAKEN = {"accelerate", "datasets", "evaluate", "kernels", "lightning", "training"}

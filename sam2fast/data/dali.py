@@ -24,7 +24,7 @@ from .augment import FILL, GRAY
 from .dali_plan import EncodedBatch, EncodedSample, Kind, encode
 from .files import decode_image
 from .render import SamplePlan
-from .sample import Batch, DataError
+from .sample import DataError, PackedBatch
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -86,7 +86,7 @@ class DaliDecoder:
         """
         return encode(plan, hardware_video=self.device.type == "cuda")
 
-    def decode(self, batches: Iterator[EncodedBatch]) -> Iterator[Batch]:
+    def decode(self, batches: Iterator[EncodedBatch]) -> Iterator[PackedBatch]:
         """Batches with their frames on the device, in the order given. Closing the iterator closes `batches`.
 
         Raises:

@@ -18,7 +18,7 @@ import torch
 
 from .augment import FILL, Geometry, color_mix
 from .render import SamplePlan, render_masks
-from .sample import Batch, Sample, collate
+from .sample import PackedBatch, Sample, collate
 
 Kind = Literal["image", "frames", "video"]
 """How frames reach the graph: encoded images, decoded clips [T, H, W, 3], or video files with frame numbers."""
@@ -53,7 +53,7 @@ class EncodedSample:
 class EncodedBatch:
     """A batch whose frames are still to be decoded."""
 
-    batch: Batch
+    batch: PackedBatch
     """All but the frames, which are [B, T, 3, 0, 0]."""
     side: int
     """S of the square that the frames are brought to."""
@@ -116,7 +116,7 @@ def assemble(samples: Sequence[EncodedSample]) -> EncodedBatch:
     names = [name for name in parameters[0] if mosaic or name not in _MOSAIC_INPUTS]
     kind, data = samples[0].kind, [item for sample in samples for item in sample.data]
     return EncodedBatch(
-        batch=collate([_without_frames(sample) for sample in samples]),
+        batch=collate([_without_frames(sample) for sample in samples]).pack(),
         side=samples[0].plan.geometry.side,
         kind=kind,
         mosaic=mosaic,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+
+from sam2fast_kernels.masks import unpack_masks
 
 from ..config import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .masks import FrameMasks
 
 
@@ -113,12 +114,57 @@ class Batch:
         )
         return Batch(frames, masks, object_to_clip, self.sample_ids)
 
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from where `to(device, non_blocking=True)` does not wait."""
-        frames, masks, object_to_clip = (
-            tensor.pin_memory() for tensor in (self.frames, self.masks, self.object_to_clip)
+    def pack(self) -> PackedBatch:
+        """The batch, on the CPU, with eight pixels of its masks to a byte."""
+        packed = np.packbits(self.masks.numpy(), axis=-1, bitorder="little")
+        return PackedBatch(
+            self.frames, torch.from_numpy(packed), self.masks.shape[-1], self.object_to_clip, self.sample_ids
         )
-        return Batch(frames, masks, object_to_clip, self.sample_ids)
+
+
+@dataclass
+class PackedBatch:
+    """A batch on its way through queues and buses. Masks of three objects are as many bytes as the frames; as bits they
+    are an eighth."""
+
+    frames: torch.Tensor
+    packed_masks: torch.Tensor
+    """uint8 [T, N, S, ceil(S / 8)] in the bit order of `sam2fast_kernels.masks.pack_masks`."""
+    width: int
+    """Pixels of a row of the masks."""
+    object_to_clip: torch.Tensor
+    sample_ids: list[str]
+
+    @property
+    def num_frames(self) -> int:
+        return self.frames.shape[1]
+
+    @property
+    def num_objects(self) -> int:
+        return self.packed_masks.shape[1]
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory, from where `copied(device, non_blocking=True)` does not wait."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def copied(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch with its tensors on `device`, still packed."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on `device`, its masks unpacked there."""
+        moved = self.copied(device, non_blocking)
+        if moved.packed_masks.device.type == "cpu":
+            bits = np.unpackbits(moved.packed_masks.numpy(), axis=-1, count=self.width, bitorder="little")
+            masks = torch.from_numpy(bits.view(bool))
+        else:
+            masks = unpack_masks(moved.packed_masks, self.width)
+        return Batch(moved.frames, masks, moved.object_to_clip, self.sample_ids)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        tensors = (self.frames, self.packed_masks, self.object_to_clip)
+        frames, packed_masks, object_to_clip = map(change, tensors)
+        return PackedBatch(frames, packed_masks, self.width, object_to_clip, self.sample_ids)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from . import augment as augmentation
 from .masks import FrameMasks
 from .render import SamplePlan, render
 from .sample import DataError, Dataset, Sample, VideoRecord
+
+T = TypeVar("T")
 
 _MAX_DRAWS = 30
 _ORDER, _CONTENT = 0, 1  # the two independent streams of random numbers of a seed
@@ -52,17 +56,25 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         """Samples of one pass."""
         return len(self._dataset)
 
+    @property
+    def name(self) -> str:
+        """Name of the dataset that the samples come from."""
+        return self._item.dataset
+
     def __getitem__(self, number: int) -> Sample:
-        """Sample `number`.
+        """Sample `number`; see `draw`."""
+        return self.draw(number, render)
 
-        Raises:
-            DataError: as `plan`.
-        """
-        return render(self.plan(number))
+    def draw(
+        self,
+        number: int,
+        use: Callable[[SamplePlan], T],
+        guard: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> T:
+        """What `use` makes of the plan of sample `number`.
 
-    def plan(self, number: int) -> SamplePlan:
-        """What sample `number` is made of. A record without a visible object is replaced by another one, drawn for this
-        number.
+        A record without a visible object is replaced by another one, drawn for this number; so is a record whose
+        `DataError` is swallowed by `guard`, the context, by the record's name, in which it is read.
 
         Raises:
             DataError: a defect of the data; or no visible object in any of many records.
@@ -71,9 +83,11 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         rng = self._generator(_CONTENT, number)
         index = int(self._permutation(epoch)[place])
         for _ in range(_MAX_DRAWS):
-            plan = plan_sample(self._dataset[index], self._item, self._augment, self._image_size, rng)
-            if plan is not None:
-                return plan
+            record = self._dataset[index]
+            with guard(record.name):
+                plan = plan_sample(record, self._item, self._augment, self._image_size, rng)
+                if plan is not None:
+                    return use(plan)
             index = int(rng.integers(len(self)))
         raise DataError(
             f"dataset {self._item.dataset!r}: {_MAX_DRAWS} draws, the last {self._dataset[index].name!r}, found no "
