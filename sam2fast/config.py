@@ -363,9 +363,10 @@ class DataConfig(Section):
     """Shorthand: interpolate it in the datasets as ${data.root}."""
     workers: Annotated[int, Field(ge=0, le=128)] = 2
     """Loader processes of each rank, for each dataset that the stage reads."""
-    backend: Literal["auto", "opencv", "dali"] = "auto"
+    backend: Literal["auto", "opencv", "dali"] = "opencv"
     """What decodes and augments frames: opencv in the loader processes, or NVIDIA DALI, on the device. Both give the
-    same samples in the same order. auto is DALI on a GPU where it is installed."""
+    same samples in the same order. auto is DALI on a GPU where it is installed; not the default, since DALI's decoders
+    on a GPU have not been run yet."""
     dali_prefetch: Positive = 2
     """Batches that DALI works on while another one is trained on; each takes memory on the device."""
     prefetch: Positive = 2
