@@ -229,7 +229,7 @@ def test_same_samples_on_a_gpu(synthetic, name, item):
 def test_backend_is_chosen_or_refused(monkeypatch):
     cuda = torch.device("cuda", 0)
     datasets = {"x": DatasetConfig(root="x")}
-    assert DataConfig(datasets=datasets).backend == "auto" and choose_backend("auto", CPU) == "opencv"
+    assert DataConfig(datasets=datasets).backend == "opencv" and choose_backend("auto", CPU) == "opencv"
     assert choose_backend("opencv", cuda) == "opencv"
     monkeypatch.setattr(dali, "_is_installed", lambda: True)
     assert choose_backend("auto", cuda) == "dali" and choose_backend("dali", CPU) == "dali"
