@@ -64,6 +64,7 @@ class VideoReader:
         if self._container is not None:
             self._container.close()
         self._container, self._last, self._position = None, None, -1
+        self._stream, self._decoder = None, iter(())
 
     def _open(self) -> None:
         if self._container is not None:

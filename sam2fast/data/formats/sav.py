@@ -58,6 +58,11 @@ class SavVideo:
                 check_size(runs[object_id][0], self.size, source, self._warn)
         return run_length_masks(runs, self.size)
 
+    def __del__(self) -> None:
+        # PyAV's objects refer to each other: the open file and the decoder's frames would wait for Python's collector
+        # of cycles, which seldom runs in a loader
+        self._reader.close()
+
     @cached_property
     def _tracks(self) -> list[_Masklets]:
         return [_Masklets(path) for path in self._jsons]
