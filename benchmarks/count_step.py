@@ -3,6 +3,7 @@
     python benchmarks/count_step.py --size base_plus --batch video              # the defaults
     python benchmarks/count_step.py --size base_plus --batch video --all-off    # no optimization, nothing recomputed
     python benchmarks/count_step.py --size tiny large --batch image --off fused_loss fused_norms --recompute none
+    python benchmarks/count_step.py --size base_plus --batch video --graphs     # launches with model.cuda_graphs
 
 runs forward pass, losses and backward pass of SAM 2 on fake CUDA tensors (bfloat16 autocast, dropout and drop path 0.1,
 flash attention) and adds up what every operation costs, for each part of the model. Batches: `video`, 8 frames and 3
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Only now, as they import torch; harness first, as it makes sam2fast importable.
     from harness.command import OneLineParser  # isort: skip
-    from counting import report, steps
+    from counting import graphs, report, steps
 
     from sam2fast.performance import RecomputePolicy
 
@@ -39,12 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         RecomputePolicy.parse(args.recompute or "none")
     except ValueError as error:
         parser.error(str(error))
+    if args.save and args.bfloat16_streams:
+        parser.error("--save keeps exact settings alone; leave out --bfloat16-streams")
     off = frozenset(steps.SWITCHES if args.all_off else args.off)
     recompute = args.recompute or ("none" if args.all_off else steps.Setup.recompute)
     rows = []
     for size in args.size:
         for batch in args.batch:
-            setup = steps.Setup(size, batch, off, recompute, args.side)
+            setup = steps.Setup(size, batch, off, recompute, args.side, args.bfloat16_streams)
+            if args.graphs:
+                rows.append(report.print_graph(setup, graphs.count_graph(setup)))
+                continue
             count = steps.count_step(setup)
             report.print_count(setup, count, args.top)
             rows.append(
@@ -52,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 | {"parts": report.part_figures(count)}
             )
     if args.save:
-        report.save(rows)
+        (report.save_graphs if args.graphs else report.save)(rows)
     print(json.dumps({"case": "count_step", "computed": True, "rows": rows}))
     return 0
 
@@ -66,8 +72,10 @@ def _add_arguments(parser: argparse.ArgumentParser, switches: Sequence[str], bat
     which.add_argument("--all-off", action="store_true", help="all of these, and --recompute none")
     parser.add_argument("--recompute", metavar="POLICY", help="default: that of model.recompute")
     parser.add_argument("--side", type=_side, default=1024, help="of the images, in pixels; a multiple of 32")
+    parser.add_argument("--bfloat16-streams", action="store_true", help="with model.bfloat16_streams; not for --save")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also list the N largest operations")
-    parser.add_argument("--save", action="store_true", help="write the totals to results/step_counts.csv")
+    parser.add_argument("--graphs", action="store_true", help="count what the host launches with model.cuda_graphs")
+    parser.add_argument("--save", action="store_true", help="write the totals to results/")
 
 
 def _names(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/data_scale.py --images 2000 --videos 200
 
-Writes synthetic data (once for a folder), trains a micro model for two epochs of each, kills the same run with signal
+Writes synthetic data (once for a folder), trains a micro model for an epoch of each, kills the same run with signal
 9 at a random step and continues it. Prints start-up times with and without the index, the memory of trainer and loader
 processes in tenths of the run, and whether both runs used the same samples; exits with 1 where they did not.
 """
@@ -132,7 +132,7 @@ def report_startup(data: Path, workers: int) -> None:
 
 def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int) -> int:
     """Train whole, and killed and continued; returns the exit code."""
-    steps = {name: 2 * counts[name] // BATCH[name] for name in counts}
+    steps = {name: counts[name] // BATCH[name] for name in counts}
     records, commands = [], []
     for name in ("whole", "killed"):
         config = temporary / f"{name}.yaml"
@@ -154,7 +154,7 @@ def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int
     for name in counts:
         ids = [sample_id for line in whole if line["stage"] == name for sample_id in line["ids"]]
         epoch = {sample_id.split("@")[0] for sample_id in ids[: counts[name]]}
-        print(f"{name}: {len(epoch)} of {counts[name]} in the first epoch")
+        print(f"{name}: {len(epoch)} of {counts[name]} in the epoch")
     print(f"killed at step {kill}: {'the same' if equal else 'OTHER'} samples in {len(whole)} steps")
     return 0 if equal else 1
 
@@ -169,7 +169,7 @@ def report_memory(name: str, lines: list[dict]) -> None:
         growth = max(values[2:]) - values[1]
         listed = " ".join(f"{value:.0f}" for value in values)
         print(
-            f"{name}, memory of the {label} by tenths of two epochs, MiB: {listed}; after the second {growth:+.1f}",
+            f"{name}, memory of the {label} by tenths of the epoch, MiB: {listed}; from the second on {growth:+.1f}",
             flush=True,
         )
 

@@ -45,6 +45,9 @@ class RunState:
     seconds: float = 0.0
     """Wall time spent before this state, over all resumes."""
     guards: dict[str, Any] = field(default_factory=dict)
+    groups: list[int] = field(default_factory=list)
+    """Samples of each dataset of the current stage in one optimizer step, as the stage began. The order of balanced
+    samples depends on it, so it stays when the stage goes on with more or fewer."""
     stopped: str = ""
     """Why the current stage ended before its last step; empty while it goes on."""
 

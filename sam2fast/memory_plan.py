@@ -80,10 +80,13 @@ def estimate_peak(
     item: MixItem,
     precision: str,
     device: torch.device,
+    bfloat16_streams: bool = False,
+    steps: int = 1,
 ) -> int:
-    """Bytes of one step of `stage` on a batch of `item`, whose every clip has its largest number of objects."""
+    """Bytes of one step of `stage` on a batch of `item`, whose every clip has its largest number of objects, or of
+    several `steps` side by side."""
     with torch.device("meta"):
-        model = SAM2(arch, recompute=recompute, performance=performance).train()
+        model = SAM2(arch, recompute, performance, bfloat16_streams=bfloat16_streams).train()
     with FakeTensorMode(), torch.device(device.type):
         _materialize(model)
         freeze(model, stage.freeze)
@@ -99,7 +102,7 @@ def estimate_peak(
             with autocast(precision, device):
                 output = model(batch, heaviest_plan(stage, item.frames))
             loss([frame.steps for frame in output.frames], batch.masks, objects)["total"].backward()
-    return live.peak + STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    return steps * live.peak + STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
 
 
 def _materialize(model: torch.nn.Module) -> None:
@@ -118,11 +121,14 @@ def choose_recompute(
     says so; the last one where none fits."""
     budget = budget_gib * GIB or free_bytes(device)
     needs: dict[str, float] = {}
+    steps = 2 if config.model.cuda_graphs else 1  # the memory of the graphs, and an eager step of another kind
     for policy in RECOMPUTE_LADDER:
+        settings = config.model
         peaks = [
-            estimate_peak(arch, config.model.performance, policy, stage, item, config.precision, device)
+            estimate_peak(arch, settings.performance, policy, stage, item, config.precision, device,
+                          settings.bfloat16_streams, steps)
             for item in stage.data
-        ]
+        ]  # fmt: skip
         needs[policy] = MARGIN * max(peaks)
         if needs[policy] <= budget:
             break

@@ -24,7 +24,9 @@ from sam2fast_kernels import library
 from .checkpoint import CheckpointStore, RunState, save_state, write_folder
 from .config import Config, ConfigError, ModelConfig, StageConfig
 from .data.bad_records import BadRecords
+from .data.dali import choose_backend
 from .data.formats import open_dataset
+from .data.index import object_counts
 from .data.loaders import start_fork_server
 from .data.sample import Dataset
 from .data.sampling import ClipDataset
@@ -36,6 +38,7 @@ from .models.official import load_checkpoint, save_checkpoint, split_checkpoint
 from .models.sam2 import SAM2
 from .optim import build_groups, freeze
 from .parallel import Engine, Ranks, build_engine
+from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
@@ -66,6 +69,9 @@ def run(config: Config, ranks: Ranks) -> Path:
 
     `output_dir` must be the same folder for all ranks, also on several machines.
     """
+    if config.model.cuda_graphs:
+        ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
+    choose_backend(config.data.backend, ranks.device)  # a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
@@ -135,6 +141,7 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
         recompute="none" if automatic else settings.recompute,
         performance=settings.performance,
         offload_activations=settings.offload_activations,
+        bfloat16_streams=settings.bfloat16_streams,
     )
     if settings.local_memory_init:
         model.memory_attention.attend_locally()
@@ -171,6 +178,9 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     model = build_model(config, before).to(ranks.device).train()
     if policy := _choose_recompute(run, stage):
         model.recompute = RecomputePolicy.parse(policy)
+    if config.model.cuda_graphs:
+        check_config(config, policy or config.model.recompute, ranks.device)
+        model.fix_sizes()
     if config.model.compile:
         _compile(model, ranks.device)
     freeze(model, stage.freeze)
@@ -180,10 +190,8 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     try:
         if checkpoint is not None:
             run.store.load(engine, checkpoint)
-        clips = []
-        for index, item in enumerate(stage.data):
-            seed = [config.seed, state.stage, index]
-            clips.append(ClipDataset(run.datasets[item.dataset], item, stage.augment, config.model.image_size, seed))
+        state.groups = state.groups or [item.batch_size * stage.accumulate * ranks.world_size for item in stage.data]
+        clips = [_clips(run, state, index) for index in range(len(stage.data))]
         validation = _Validation(run, state, engine)
         run.telemetry.progress.message(
             f"stage {stage.name}: {stage.steps} steps, {config.precision}, {ranks.world_size} x {ranks.device.type}, "
@@ -200,10 +208,26 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
         engine.close()
     folder = run.folder.stage(config, state.stage)
     validation.end_stage()
-    state.stage, state.step, state.positions, state.stopped = state.stage + 1, 0, [], ""
+    state.stage, state.step, state.stopped = state.stage + 1, 0, ""
+    state.positions, state.groups = [], []
     if ranks.main:
         write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
     ranks.barrier()
+
+
+def _clips(run: _Run, state: RunState, index: int) -> ClipDataset:
+    """Samples of a dataset of the stage."""
+    config, ranks = run.config, run.ranks
+    stage = config.stages[state.stage]
+    item, group = stage.data[index], state.groups[index]
+    dataset, counts = run.datasets[item.dataset], None
+    if item.balance and group > 1:
+        settings, report = config.data.datasets[item.dataset], run.telemetry.progress.message
+        counts = ranks.broadcast(
+            ranks.agree(lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None)
+        )
+    seed = [config.seed, state.stage, index]
+    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, config.model.image_size, seed, group, counts))
 
 
 class _Validation:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,15 +16,16 @@ from torch import Tensor
 from .checkpoint import CheckpointStore, RunState
 from .config import Config, StageConfig, UserError
 from .data.bad_records import BadRecords
+from .data.dali import build_decoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
-from .data.sample import PackedBatch
+from .data.sample import Batch, PackedBatch
 from .data.sampling import ClipDataset
 from .data.transfer import Transfer
 from .losses import SegmentationLoss
-from .models.plan import draw_plan
+from .models.plan import RolloutPlan, draw_plan
 from .optim import learning_rate
-from .parallel import Engine, Ranks, StepResult
+from .parallel import CudaCapture, Engine, GraphedSteps, Ranks, StepResult
 from .telemetry.bad_data import BadDataLog
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
@@ -115,10 +116,14 @@ class StageTrainer:
         self.mixture = Mixture(self.stage, config.seed, state.stage)
         self.datasets, self.bad_records = datasets, bad_records
         self.loaders: dict[int, Iterator[PackedBatch]] = {}
+        self.decoder = build_decoder(config.data, ranks.device)
         self.transfer = Transfer(ranks.device)
         # Of a checkpoint that does not hold the positions yet, and of data that was added since.
         known = range(len(state.positions), len(datasets))
         state.positions += [self.mixture.position(item, state.step) * self._samples(item) for item in known]
+        self.graphs: GraphedSteps | None = None
+        if config.model.cuda_graphs:
+            self.graphs = GraphedSteps(engine, self._terms_of_inputs, CudaCapture(), engine.module.constant_tables)
 
     def train(self) -> None:
         """Run the stage.
@@ -156,6 +161,7 @@ class StageTrainer:
         finally:
             for loader in self.loaders.values():
                 loader.close()
+            self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
             self.telemetry.bad_data.write(self.bad_records.take_new())
 
     def _samples(self, item: int) -> int:
@@ -178,6 +184,7 @@ class StageTrainer:
                 prefetch=self.config.data.prefetch,
                 pin_memory=self.ranks.device.type == "cuda",
                 bad_records=self.bad_records,
+                decoder=self.decoder,
             )
         batches = [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
         self.transfer.start(batches[0])  # at once: the device may still be busy with the step before
@@ -202,14 +209,32 @@ class StageTrainer:
             batch = self.transfer.take()
             if following is not None:
                 self.transfer.start(following)
-            output = self.engine.forward(batch, plan)
-            terms = self.loss([frame.steps for frame in output.frames], batch.masks, normalizer)
-            self.engine.backward(terms["total"], boundary=micro == len(batches) - 1)
+            terms = self._micro_step(batch, plan, normalizer, boundary=following is None)
             for name, value in terms.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-            del batch, output, terms  # or they would live through the next forward
+                totals[name] = totals[name] + value if name in totals else value
+            del batch  # or it would live through the next forward
         result = self.engine.step(learning_rate(self.stage.optim, state.step, self.stage.steps))
         self._record(result, totals, batches)
+
+    def _micro_step(self, batch: Batch, plan: RolloutPlan, normalizer: Tensor, boundary: bool) -> dict[str, Tensor]:
+        """Loss terms of a batch, whose gradients are added to those of this step."""
+        if self.graphs is not None:
+            inputs = {"frames": batch.frames, "masks": batch.masks, "object_to_clip": batch.object_to_clip}
+            if plan.clicks:
+                flags = torch.tensor(plan.click_from_gt)
+                inputs["on_object"] = flags.pin_memory() if self.ranks.device.type == "cuda" else flags
+            return self.graphs.run(plan.kind, inputs | {"normalizer": normalizer}, boundary)
+        terms = self._terms(batch, plan, normalizer)
+        self.engine.backward(terms["total"], boundary)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _terms(self, batch: Batch, plan: RolloutPlan, normalizer: Tensor) -> dict[str, Tensor]:
+        output = self.engine.forward(batch, plan)
+        return self.loss([frame.steps for frame in output.frames], batch.masks, normalizer)
+
+    def _terms_of_inputs(self, kind: RolloutPlan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = Batch(inputs["frames"], inputs["masks"], inputs["object_to_clip"], [])
+        return self._terms(batch, replace(kind, on_object=inputs.get("on_object")), inputs["normalizer"])
 
     def _seed(self, micro: int) -> None:
         """Randomness of content (dropout, clicks) is a function of seed, step and rank, so a resumed run repeats it."""
@@ -284,6 +309,7 @@ class StageTrainer:
             "lr/base": optim.lr * scale,
             "lr/encoder": (optim.encoder_lr or optim.lr) * scale,
             **perf,
+            **({"perf/replayed": self.graphs.replayed_share()} if self.graphs else {}),
             **self.telemetry.gpu(),
         }
         values["train/bad_steps"] = float(state.bad_steps)

@@ -9,6 +9,7 @@ on a GPU.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -45,11 +46,36 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).to(x.dtype)
 
 
-def eager(inputs: Inputs) -> Outputs:
-    q = _rotate(inputs.q, inputs.cos, inputs.sin)
+def _rotated(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Queries and keys."""
     k = torch.cat([_rotate(inputs.k[:, :-POINTERS], inputs.cos, inputs.sin), inputs.k[:, -POINTERS:]], 1)
+    return _rotate(inputs.q, inputs.cos, inputs.sin), k
+
+
+def eager(inputs: Inputs) -> Outputs:
+    q, k = _rotated(inputs)
     values = F.linear(inputs.memory, inputs.weight, inputs.bias)
     result = F.scaled_dot_product_attention(q[:, None], k[:, None], values[:, None])[:, 0]
+    return {"loss": (result * inputs.upstream).sum(), "result": result}
+
+
+def flash(inputs: Inputs) -> Outputs:
+    """flash-attn, whose values are as wide as its keys."""
+    from flash_attn import flash_attn_func
+
+    q, k = _rotated(inputs)
+    values = F.linear(inputs.memory, inputs.weight, inputs.bias)
+    result = flash_attn_func(q[:, :, None], k[:, :, None], values[:, :, None])[:, :, 0]
+    return {"loss": (result * inputs.upstream).sum(), "result": result}
+
+
+def flex(inputs: Inputs) -> Outputs:
+    """FlexAttention to the 64-wide memories, which has no dropout: the weights of every row sum to 1."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k = _rotated(inputs)
+    out = flex_attention(q[:, None], k[:, None], inputs.memory[:, None])[:, 0]
+    result = F.linear(out, inputs.weight, inputs.bias)
     return {"loss": (result * inputs.upstream).sum(), "result": result}
 
 
@@ -59,6 +85,18 @@ def fused(inputs: Inputs, backend: library.Backend) -> Outputs:
     )
     result = F.linear(out, inputs.weight) + row_sum.to(out.dtype).unsqueeze(-1) * inputs.bias
     return {"loss": (result * inputs.upstream).sum(), "result": result}
+
+
+def _flex_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "has a backward pass on CUDA only"
+    return library.compile_obstacle(device)
+
+
+def _flash_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "runs on CUDA only"
+    return None if importlib.util.find_spec("flash_attn") else "needs flash-attn: pip install flash-attn"
 
 
 class MemoryAttentionCase(Case):
@@ -74,6 +112,8 @@ class MemoryAttentionCase(Case):
             "eager": Provider(lambda: eager, full_size_tensors=12),
             "compiled": Provider(lambda: compiled(eager), 8, library.compile_obstacle),
             "cpp": Provider(lambda: self._fused("cpp"), 4, cpp_obstacle),
+            "flex": Provider(lambda: compiled(flex), 4, _flex_obstacle),
+            "flash": Provider(lambda: flash, 4, _flash_obstacle),
             "triton": Provider(lambda: self._fused("triton"), 2, triton_obstacle),
         }
 

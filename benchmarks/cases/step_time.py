@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from harness.case import Case, Outputs, Provider
 from harness.inputs import moving_discs
+from harness.limits import FUSED_STEP_MS
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import sam2fast.compat  # noqa: F401  (before timm imports torchvision)
-from sam2fast.config import LossConfig
+from sam2fast.config import LossConfig, OptimConfig
 from sam2fast.data.sample import Batch
 from sam2fast.losses import SegmentationLoss
 from sam2fast.models.architecture import architecture
 from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.sam2 import SAM2
+from sam2fast.parallel import CudaCapture, GraphedSteps, Ranks
+from sam2fast.parallel.ddp import TorchEngine
 from sam2fast.parallel.engine import clip_within_update
 from sam2fast.performance import PerformanceConfig
 from sam2fast_kernels import library
+from sam2fast_kernels.library import register_flop_formulas
 
 SIZES = {"T": "tiny", "S": "small", "B+": "base_plus", "L": "large"}
 CLICKS = ((False,) * 7,)
@@ -66,7 +72,8 @@ class Step:
         torch.manual_seed(0)
         rate = 0.1 if shape.random else 0.0
         arch = architecture(SIZES[shape.size], image_size=shape.side, drop_path=rate, memory_dropout=rate)
-        self.model = SAM2(arch, recompute=switches.recompute, performance=switches.performance).train().to(device)
+        self.model = SAM2(arch, switches.recompute, switches.performance, bfloat16_streams=switches.bfloat16_streams)
+        self.model.train().to(device)
         if switches.compile:
             self.model.compile_regions()
         # Untrained scores call objects absent at random, and an absent object costs less.
@@ -92,12 +99,47 @@ class Step:
         return gradient
 
 
+class GraphedStep(Step):
+    """One that is replayed as a CUDA graph; `forward` then computes the gradients too."""
+
+    def __init__(self, shape: StepShape, device: torch.device, switches: Switches) -> None:
+        super().__init__(shape, device, switches)
+        self.model.fix_sizes()
+        precision = str(shape.dtype).removeprefix("torch.")
+        groups = [{"params": self.parameters, "lr": 0.0, "base_lr": 0.0}]
+        self.engine = TorchEngine(OptimConfig(), Ranks(0, 1, 0, device), self.model, groups, precision)
+        self.graphs = GraphedSteps(self.engine, self._terms, CudaCapture(), self.model.constant_tables, record_at=1)
+
+    def _terms(self, plan: RolloutPlan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = Batch(inputs["frames"], inputs["masks"], inputs["object_to_clip"], [])
+        output = self.engine.forward(batch, plan)
+        return self.loss([f.steps for f in output.frames], batch.masks, batch.num_objects)
+
+    def forward(self, shape: StepShape, batch: Batch) -> Tensor:
+        torch.manual_seed(1)
+        inputs = {name: getattr(batch, name) for name in ("frames", "masks", "object_to_clip")}
+        return self.graphs.run(KINDS[shape.kind], inputs, boundary=True)["total"]
+
+    def update(self, total: Tensor) -> Tensor:
+        gradient = self.model.image_encoder.trunk.patch_embed.proj.weight.grad.clone()
+        self.engine.step(1.0)
+        return gradient
+
+
 @dataclass(frozen=True)
 class Switches:
     performance: PerformanceConfig = PerformanceConfig()
     fused_loss: bool = True
     recompute: str = "none"
     compile: bool = False
+    bfloat16_streams: bool = False
+    graphs: bool = False
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why such a step cannot run on a device."""
+        if self.graphs and device.type != "cuda":
+            return "needs CUDA"
+        return library.compile_obstacle(device) if self.compile else None
 
 
 OFF = Switches(PerformanceConfig.all_off(), fused_loss=False)
@@ -105,6 +147,9 @@ PROVIDERS = {
     "all_off": OFF,
     "all_on": Switches(),
     "all_on_compiled": Switches(compile=True),
+    "all_on_graphs": Switches(graphs=True),
+    "all_on_compiled_graphs": Switches(compile=True, graphs=True),
+    "all_on_bfloat16_streams": Switches(bfloat16_streams=True),
     "recompute_decoder": Switches(recompute="decoder"),
     "no_fused_loss": Switches(fused_loss=False),
     **{f"no_{name}": Switches(PerformanceConfig(**{name: False})) for name in PerformanceConfig.model_fields},
@@ -112,15 +157,16 @@ PROVIDERS = {
 
 
 def _provider(name: str) -> Provider:
+    switches = PROVIDERS[name]
+    kind = GraphedStep if switches.graphs else Step
+
     def run(inputs: Inputs) -> Outputs:
         if name not in inputs.steps:
-            inputs.steps[name] = Step(inputs.shape, inputs.batch.frames.device, PROVIDERS[name])
+            inputs.steps[name] = kind(inputs.shape, inputs.batch.frames.device, switches)
         inputs.running = inputs.steps[name]
         return {"total": inputs.running.forward(inputs.shape, inputs.batch)}
 
-    return (
-        Provider(lambda: run, obstacle=library.compile_obstacle) if PROVIDERS[name].compile else Provider(lambda: run)
-    )
+    return Provider(lambda: run, obstacle=switches.obstacle)
 
 
 class StepTimeCase(Case):
@@ -133,6 +179,10 @@ class StepTimeCase(Case):
     tolerance = 2e-3
     """Without dropout; gradients pass through eight frames and fourteen clicks."""
     providers = {name: _provider(name) for name in PROVIDERS}
+
+    def __init__(self) -> None:
+        self._flops: dict[StepShape, int] = {}
+        """Of the baseline, known once it has run."""
 
     def shape(self, text: str) -> StepShape:
         pattern = (
@@ -167,7 +217,20 @@ class StepTimeCase(Case):
         return inputs.running.update(outputs["total"])
 
     def reference(self, inputs: Inputs) -> Outputs:
-        return self.observe(self.providers[self.baseline].prepare(), inputs)
+        register_flop_formulas()
+        with FlopCounterMode(display=False) as counter:
+            outputs = self.observe(self.providers[self.baseline].prepare(), inputs)
+        self._flops[inputs.shape] = counter.get_total_flops()
+        return outputs
+
+    def model_flops(self, inputs: Inputs) -> int | None:
+        return self._flops.get(inputs.shape)
+
+    def limit_ms(self, inputs: Inputs, device: str) -> float | None:
+        shape = inputs.shape
+        kind, objects = ("image", 64) if shape.kind == "image" else ("video", 3)
+        fits = (shape.side, shape.objects, shape.dtype) == (1024, objects, torch.bfloat16)
+        return FUSED_STEP_MS[shape.size, kind].get(device) if fits else None
 
     def fault(self, provider: str, observed: Outputs, expected: Outputs) -> str | None:
         if not torch.stack([value.double().norm() for value in observed.values()]).isfinite().all():

@@ -27,6 +27,10 @@ Place = tuple[str, str]
 
 LAUNCHES = {"sam2fast::click_uniform": 2, "sam2fast::click_center": 7}
 """Kernels of a call where it is not one."""
+MULTI_TENSOR_CHUNK, MULTI_TENSOR_BLOCKS = 65536, 320
+MULTI_TENSOR_LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+"""Of PyTorch's kernels for lists of tensors (MultiTensorApply.cuh): elements of a block, blocks of a launch, tensors of
+a launch by the number of lists. Newer versions take more tensors at once."""
 ALLOCATIONS = ("aten::empty", "aten::new_empty")
 OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::bernoulli_", "aten::uniform_")
 """In place, without reading what was there."""
@@ -101,7 +105,7 @@ class StepCounter(TorchDispatchMode):
         }
         if function._schema.is_mutable or (made and not function._schema.name.startswith(ALLOCATIONS)):
             phase = "forward" if torch._C._current_autograd_node() is None else "backward"
-            launches = LAUNCHES.get(function._schema.name, 1)
+            launches = _launches(function, args)
             moved = _bytes(_read(function, args, kwargs)) + _bytes(outputs)
             self.tallies[phase, place].add(Tally(_flops(function, args, kwargs, result), moved, launches))
         for storage in made.values():
@@ -119,6 +123,25 @@ class StepCounter(TorchDispatchMode):
         """Called before memory falls, so that no peak is missed."""
         if self._now > self._most:
             self._most, self._at_peak = self._now, self.live.copy()
+
+
+def _launches(function: OpOverload, args) -> int:
+    name = function._schema.name
+    if not name.startswith(("aten::_foreach_", "aten::_fused_adamw_")):
+        return LAUNCHES.get(name, 1)
+    lists = [value for value in args if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)]
+    lists = [value for value in lists if value[0].dim() or name.startswith("aten::_foreach_")]  # not AdamW's steps
+    started = tensors = blocks = 0
+    for tensor in lists[0]:
+        tensors += 1
+        for _ in range(-(-tensor.numel() // MULTI_TENSOR_CHUNK)):
+            blocks += 1
+            if blocks == MULTI_TENSOR_BLOCKS:
+                started, tensors, blocks = started + 1, 1, 0
+        if tensors == MULTI_TENSOR_LISTS[len(lists)]:
+            started, tensors, blocks = started + 1, 0, 0
+    started += blocks > 0
+    return 2 * started if name == "aten::_foreach_norm" else started  # norms of blocks, then of tensors
 
 
 def _read(function: OpOverload, args, kwargs) -> list[Tensor]:

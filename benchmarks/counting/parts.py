@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -89,6 +89,15 @@ class PartTracker:
             yield
         finally:
             self._return_to(depth)
+
+    def tracked(self, function: Callable, part: str) -> Callable:
+        """`function`, whose operations count as `part`."""
+
+        def run(*args, **kwargs):
+            with self.scope(part):
+                return function(*args, **kwargs)
+
+        return run
 
     def current(self) -> str:
         """Part of the operation that is running now."""

@@ -5,19 +5,29 @@ from __future__ import annotations
 import csv
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .counter import Tally
+from .graphs import PLACES, GraphCount
 from .parts import PARTS
 from .steps import SWITCHES, Setup, StepCount
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "step_counts.csv"
+PART_RESULTS = RESULTS.with_name("step_parts.csv")
+GRAPH_RESULTS = RESULTS.with_name("graph_counts.csv")
 KEYS = ("size", "batch", "off", "recompute")
 FIGURES = ("forward_flops", "backward_flops", "bytes", "launches", "saved_bytes", "peak_bytes", "state_bytes")
+
+PART_FIGURES = (
+    "forward_flops backward_flops forward_bytes backward_bytes forward_launches backward_launches saved_bytes "
+    "at_peak_bytes"
+).split()
+GRAPH_FIGURES = ("recorded", "launches", *PLACES)
 
 
 def setting(setup: Setup) -> dict[str, str]:
@@ -89,21 +99,45 @@ def print_count(setup: Setup, count: StepCount, top: int) -> None:
         _print_top(console, count, top)
 
 
-def save(rows: Iterable[dict[str, str | int]]) -> None:
-    """Add rows to RESULTS, in place of those of the same setting."""
-    known = {tuple(row[key] for key in KEYS): row for row in [*read(), *rows]}
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEYS, *FIGURES], extrasaction="ignore", lineterminator="\n")
+def print_graph(setup: Setup, count: GraphCount) -> dict[str, str | int]:
+    """One line, and the row of GRAPH_RESULTS."""
+    name = setting(setup)
+    places = ", ".join(f"{value} {place.replace('_', ' ')}" for place, value in count.host.items())
+    print(
+        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.total} launches "
+        f"of the host ({places}), {count.recorded} kernels in the graph (computed, not measured)"
+    )
+    return {**name, "recorded": count.recorded, "launches": count.total, **count.host}
+
+
+def save_graphs(rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to GRAPH_RESULTS, in place of those of the same setting."""
+    _merge(GRAPH_RESULTS, KEYS, GRAPH_FIGURES, rows)
+
+
+def save(rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to RESULTS, in place of those of the same setting; the parts of steps with everything on or off go to
+    PART_RESULTS."""
+    _merge(RESULTS, KEYS, FIGURES, rows)
+    parts = [
+        {**row, "part": part, **row["parts"][part]}
+        for row in rows
+        if row["off"] in ("all", "none") and row["recompute"] == "none"
+        for part in PARTS
+    ]
+    _merge(PART_RESULTS, (*KEYS, "part"), PART_FIGURES, parts)
+
+
+def _merge(path: Path, keys: Sequence[str], figures: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            known = {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
+    known |= {tuple(row[key] for key in keys): row for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*keys, *figures], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(known.values())
-
-
-def read() -> list[dict[str, str]]:
-    """Rows of RESULTS."""
-    if not RESULTS.is_file():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _sum(count: StepCount, phase: str, part: str | None = None) -> Tally:

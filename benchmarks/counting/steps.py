@@ -54,6 +54,8 @@ class Setup:
     recompute: str = ModelConfig.model_fields["recompute"].default
     side: int = 1024
     """Of the images, in pixels."""
+    bfloat16_streams: bool = False
+    """`model.bfloat16_streams`, which is not exact."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def count_step(setup: Setup) -> StepCount:
     tracker = PartTracker()
     counter = StepCounter(tracker)
     plan, objects = PLANS[setup.batch]
-    with FakeTensorMode(), gpu_attention(), _kept_tables(counter), _skipped_paths(), _single_thread():
+    with FakeTensorMode(), gpu_attention(), kept_tables(counter), _skipped_paths(), single_thread():
         model, loss = fake_model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
         tracker.watch_model(model)
         tracker.watch(loss, "loss")
@@ -100,7 +102,7 @@ def fake_model(setup: Setup) -> SAM2:
     performance = PerformanceConfig(**{name: name not in setup.off for name in PerformanceConfig.model_fields})
     arch = architecture(setup.size, image_size=setup.side)
     with unset_fake_temporarily(), torch.device("meta"):  # constructors may read numbers from tensors on the CPU
-        model = SAM2(arch, recompute=setup.recompute, performance=performance)
+        model = SAM2(arch, setup.recompute, performance, bfloat16_streams=setup.bfloat16_streams)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(_fake(parameter)))
@@ -113,17 +115,17 @@ def _fake(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
-def fake_batch(frames: int, objects: int, side: int) -> Batch:
+def fake_batch(frames: int, objects: int, side: int, device: str = "cuda") -> Batch:
     return Batch(
-        frames=torch.empty(1, frames, 3, side, side, dtype=torch.uint8, device="cuda"),
-        masks=torch.empty(frames, objects, side, side, dtype=torch.bool, device="cuda"),
-        object_to_clip=torch.zeros(objects, dtype=torch.long, device="cuda"),
+        frames=torch.empty(1, frames, 3, side, side, dtype=torch.uint8, device=device),
+        masks=torch.empty(frames, objects, side, side, dtype=torch.bool, device=device),
+        object_to_clip=torch.zeros(objects, dtype=torch.long, device=device),
         sample_ids=["fake"],
     )
 
 
 @contextmanager
-def _single_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """The backward pass runs in this thread, as PartTracker needs it."""
     with torch.autograd.set_multithreading_enabled(False):
         yield
@@ -167,7 +169,7 @@ def _skipped_paths() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_tables(counter: StepCounter) -> Iterator[None]:
+def kept_tables(counter: StepCounter) -> Iterator[None]:
     """Constant tables are built once and cost nothing afterwards, as for plain tensors; see TableCache."""
 
     def get(self, key, build):
@@ -183,14 +185,7 @@ def _kept_tables(counter: StepCounter) -> Iterator[None]:
 @contextmanager
 def _tracked_clicks(tracker: PartTracker) -> Iterator[None]:
     """The functions of the simulated user are click sampling."""
-
-    def tracked(function):
-        def run(*args):
-            with tracker.scope("click sampling"):
-                return function(*args)
-
-        return run
-
     names = ("sample_click", "sample_box", "coarse_mask")
-    with mock.patch.multiple(rollout, **{name: tracked(getattr(rollout, name)) for name in names}):
+    functions = {name: tracker.tracked(getattr(rollout, name), "click sampling") for name in names}
+    with mock.patch.multiple(rollout, **functions):
         yield

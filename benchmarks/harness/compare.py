@@ -16,6 +16,7 @@ import torch
 
 from . import FOLDER
 from .case import Case, Outputs, Run, Shape
+from .limits import PEAK_TFLOPS, device_key
 from .memory import CHILD_ENVIRONMENT, CudaMeter, free_bytes, peak_bytes
 from .timing import copy_gbps, interleave, quantile, time_once
 
@@ -39,6 +40,12 @@ class Row:
     """Ideal bytes over time, see `Case.ideal_bytes`."""
     copy_share: float
     """`gbps` over the copy bandwidth measured in the same run."""
+    tflops: float | None = None
+    """FLOPs of the baseline over time, see `Case.model_flops`."""
+    mfu: float | None = None
+    """`tflops` over the peak of the device."""
+    over_limit: float | None = None
+    """Time over that of `Case.limit_ms`."""
     peak_bytes: int | None = None
     speedup: float | None = None
     """Of the medians."""
@@ -126,7 +133,8 @@ def _compare_shape(
     del expected
     if not runs:
         return
-    measure = {name: functools.partial(time_once, case, run, inputs, modes, device) for name, run in runs.items()}
+    timer = case.measure or functools.partial(time_once, case)
+    measure = {name: functools.partial(timer, run, inputs, modes, device) for name, run in runs.items()}
     rounds = interleave(measure, device, repeats)
     baseline = rounds.get(case.baseline)
     for mode in modes:
@@ -137,6 +145,8 @@ def _compare_shape(
             if baseline:
                 ratios = [base[mode] / ms for base, ms in zip(baseline, times, strict=True)]
                 row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)
+            if mode == "full":
+                _rate(row, case, inputs, device)
             result.rows.append(row)
     if device.type == "cuda":
         for name, run in runs.items():
@@ -169,6 +179,16 @@ def _row(shape: Shape, mode: str, provider: str, times: list[float], ideal: int,
         gbps=gbps,
         copy_share=gbps / copy,
     )
+
+
+def _rate(row: Row, case: Case, inputs: Any, device: torch.device) -> None:
+    """Fill in arithmetic and limits, where they are known."""
+    flops, key = case.model_flops(inputs), device_key(device)
+    if flops:
+        row.tflops = flops / row.ms / 1e9
+        row.mfu = row.tflops / PEAK_TFLOPS[key] if key else None
+    if key and (limit := case.limit_ms(inputs, key)):
+        row.over_limit = row.ms / limit
 
 
 def _relate(case: Case, rows: list[Row], peaks: Peaks) -> None:

@@ -22,8 +22,10 @@ from .compare import Result, Row
 
 COLUMNS = (
     "case provider mode shape dtype device threads ms ms_p20 ms_p80 samples gbps copy_gbps peak_bytes "
-    "commit torch triton date"
+    "commit torch triton date tflops mfu over_limit"
 ).split()
+
+ROUNDED = ("ms", "ms_p20", "ms_p80", "gbps", "tflops", "mfu", "over_limit")
 
 
 def device_name(device: torch.device) -> str:
@@ -42,7 +44,8 @@ def print_table(result: Result, device: str) -> None:
     table = Table(title=f"{result.case} on {device}, copy bandwidth {result.copy_gbps:.1f} GB/s", title_justify="left")
     for column in ("shape", "mode", "provider"):
         table.add_column(column)
-    for column in ("ms", "p20..p80", "rounds", "GB/s", "of copy", "extra MB", "speedup", "p20..p80", "memory ratio"):
+    numbers = ("ms", "p20..p80", "rounds", "GB/s", "of copy", "TFLOP/s", "MFU", "of limit", "extra MB")
+    for column in (*numbers, "speedup", "p20..p80", "memory ratio"):
         table.add_column(column, justify="right")
     group = None
     for row in result.rows:
@@ -66,6 +69,9 @@ def _cells(row: Row) -> list[str]:
         str(row.samples),
         f"{row.gbps:.3g}",
         f"{100 * row.copy_share:.1f} %",
+        "" if row.tflops is None else f"{row.tflops:.3g}",
+        "" if row.mfu is None else f"{100 * row.mfu:.1f} %",
+        ratio(row.over_limit),
         "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.2f}",
         ratio(row.speedup),
         spread,
@@ -97,7 +103,7 @@ def append_csv(result: Result, device: torch.device) -> Path:
         if new:
             writer.writeheader()
         for row in result.rows:
-            numbers = {name: f"{getattr(row, name):.4g}" for name in ("ms", "ms_p20", "ms_p80", "gbps")}
+            numbers = {name: "" if (value := getattr(row, name)) is None else f"{value:.4g}" for name in ROUNDED}
             writer.writerow(asdict(row) | numbers | common)
     return path
 

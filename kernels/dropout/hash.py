@@ -13,6 +13,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
+def draw_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """As many of these in one draw. They lie 16 bytes apart, an alignment that kernels are compiled for."""
+    return torch.randint(2**63 - 1, (count, 2), dtype=torch.int64, device=device)[:, 0].unbind()
+
+
 def threshold(probability: float) -> int:
     """Bits below this are dropped.
 

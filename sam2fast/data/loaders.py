@@ -10,11 +10,12 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
@@ -22,10 +23,14 @@ import torch
 import sam2fast_kernels
 
 from .bad_records import BadRecord, BadRecords, RecordGuard
+from .dali_plan import EncodedBatch, assemble
 from .in_flight import InFlight
-from .render import render
+from .render import SamplePlan, render
 from .sample import DataError, PackedBatch, Sample, collate
 from .sampling import ClipDataset
+
+if TYPE_CHECKING:
+    from .dali import DaliDecoder
 
 _DEAD_WORKER = (
     "a data loading process died {} ({}); usually memory or shared memory (/dev/shm) ran out: lower `data.workers`, "
@@ -44,6 +49,7 @@ def build_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
     bad_records: BadRecords | None = None,
+    decoder: DaliDecoder | None = None,
 ) -> Iterator[PackedBatch]:
     """Endless micro-batches of one rank: micro-batch k holds the samples from `start` + (k * world_size + rank) *
     batch_size on.
@@ -60,6 +66,7 @@ def build_loader(
         pin_memory: give batches in page-locked memory.
         bad_records: counts records that cannot be used and decides when they are too many; without it the first one is
             an error.
+        decoder: decodes and augments the frames in this process; without it the workers do, with OpenCV.
 
     Raises:
         DataError: from the iterator: a defect of the data, or a worker process that died.
@@ -72,11 +79,12 @@ def build_loader(
         start_fork_server()
         options = {
             "multiprocessing_context": "forkserver",
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": start_worker,
             "prefetch_factor": max(prefetch, -(-accumulate // workers)),
         }
+    render_with = (decoder.encode, assemble) if decoder else (render, _pack)
     loader = torch.utils.data.DataLoader(
-        _Batches(dataset, bad_records.limit(dataset.name), in_flight),
+        _Batches(dataset, *render_with, bad_records.limit(dataset.name), in_flight),
         batch_size=None,
         sampler=_MicroBatches(batch_size, rank, world_size, start),
         num_workers=workers,
@@ -84,7 +92,12 @@ def build_loader(
         generator=torch.Generator(),  # of its own: loading must not advance the generator of the model's dropout
         **options,
     )
-    return _checked(iter(loader), dataset.name, bad_records, in_flight if workers else None)
+    batches = _checked(iter(loader), dataset.name, bad_records, in_flight if workers else None)
+    return decoder.decode(batches) if decoder else batches
+
+
+def _pack(samples: list[Sample]) -> PackedBatch:
+    return collate(samples).pack()
 
 
 class _MicroBatches:
@@ -104,7 +117,7 @@ class _Loaded:
     """What a worker hands over. Errors are text: raised in a worker they would reach the user inside the traceback of
     another process."""
 
-    batch: PackedBatch | None
+    batch: PackedBatch | EncodedBatch | None
     bad: list[BadRecord]
     """Records that this worker has met for the first time and cannot use."""
     error: str = ""
@@ -116,14 +129,22 @@ class _Loaded:
 class _Batches:
     """Batches of a dataset by lists of sample numbers."""
 
-    def __init__(self, dataset: ClipDataset, limit: int, in_flight: InFlight):
-        self._dataset, self._in_flight = dataset, in_flight
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        use: Callable[[SamplePlan], Any],
+        join: Callable[[list[Any]], PackedBatch | EncodedBatch],
+        limit: int,
+        in_flight: InFlight,
+    ):
+        """`use` makes of each plan what `join` makes a batch of."""
+        self._dataset, self._use, self._join, self._in_flight = dataset, use, join, in_flight
         self._guard = RecordGuard(dataset.name, limit)
 
     def __getitem__(self, numbers: list[int]) -> _Loaded:
         worker = torch.utils.data.get_worker_info()
         try:
-            batch = collate([self._sample(number, worker and worker.id) for number in numbers]).pack()
+            batch = self._join([self._sample(number, worker and worker.id) for number in numbers])
         except DataError as error:
             return _Loaded(None, self._guard.take_new(), str(error))
         finally:
@@ -131,7 +152,7 @@ class _Batches:
                 self._in_flight.clear(worker.id)
         return _Loaded(batch, self._guard.take_new())
 
-    def _sample(self, number: int, worker: int | None) -> Sample:
+    def _sample(self, number: int, worker: int | None) -> Any:
         def guard(name: str) -> AbstractContextManager:
             if worker is not None:
                 self._in_flight.note(worker, number, name)
@@ -139,7 +160,7 @@ class _Batches:
 
         self._guard.last = ""
         try:
-            return self._dataset.draw(number, render, guard)
+            return self._dataset.draw(number, self._use, guard)
         except DataError as error:
             if self._guard.last in ("", str(error)):
                 raise
@@ -171,7 +192,8 @@ def start_fork_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Set up a process that decodes, and end it with the one that started it."""
     cv2.setNumThreads(0)  # the processes are the parallelism
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 

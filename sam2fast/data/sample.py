@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 class DataError(UserError):
     """Data that cannot be used; the message names the file, what is wrong with it and the remedy."""
+
+
+class SizeMismatch(DataError):
+    """A mask or frame whose size is not that of its video or image."""
 
 
 class VideoRecord(Protocol):
@@ -45,6 +50,18 @@ class VideoRecord(Protocol):
         """Object id -> bool [H, W] of the objects that are visible in an annotated frame; absent ones are missing."""
         ...
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        """Pixels of each object visible in an annotated frame, and of the frame, as annotated. No frame is decoded."""
+        ...
+
+
+class EncodedRecord(VideoRecord, Protocol):
+    """A record whose frames are image files."""
+
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        """The files of frames, JPEG or PNG, checked as far as that is possible without decoding."""
+        ...
+
 
 class Dataset(Protocol):
     """A sequence of records."""
@@ -54,6 +71,10 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> VideoRecord: ...
+
+    def sources(self) -> Iterable[Path]:
+        """Files of annotations, or folders of them where they are too many."""
+        ...
 
 
 @dataclass
@@ -159,9 +180,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack clips of equal length and size; objects of all clips share one axis (`Batch.object_to_clip`)."""
     assert samples and len({sample.frames.shape for sample in samples}) == 1, [s.frames.shape for s in samples]
     counts = torch.tensor([sample.masks.shape[1] for sample in samples])
+    single = samples[0] if len(samples) == 1 else None  # whose tensors, tens of megabytes, are not copied
     return Batch(
-        frames=torch.stack([sample.frames for sample in samples]),
-        masks=torch.cat([sample.masks for sample in samples], dim=1),
+        frames=single.frames[None] if single else torch.stack([sample.frames for sample in samples]),
+        masks=single.masks if single else torch.cat([sample.masks for sample in samples], dim=1),
         object_to_clip=torch.repeat_interleave(torch.arange(len(samples)), counts),
         sample_ids=[sample.sample_id for sample in samples],
     )

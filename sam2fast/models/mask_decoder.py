@@ -145,7 +145,7 @@ class MaskDecoder(nn.Module):
         outputs = torch.cat([self.obj_score_token(), self.iou_token(), self.mask_tokens()])  # [6, dim]
         prompt = torch.cat([outputs.expand(len(sparse), -1, -1), sparse], dim=1)
         tokens, features = self.transformer(
-            prompt, (image + dense).flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2)
+            prompt, (image + dense.to(image.dtype)).flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2)
         )
         features = features.unflatten(1, image.shape[-2:])
         return tokens[:, 0], tokens[:, 1], tokens[:, 2 : 2 + NUM_MASKS], features

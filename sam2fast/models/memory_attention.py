@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam2fast_kernels.dropout import dropout_add, relu_dropout
+from sam2fast_kernels.dropout import draw_seeds, dropout_add, relu_dropout
 from sam2fast_kernels.memory_attention import memory_attention
 
 from ..performance import PerformanceConfig, RecomputePolicy
@@ -16,6 +16,10 @@ from .projections import normed_linear
 from .recompute import recomputed
 
 KEEP_ALL = RecomputePolicy()
+DROPOUTS = 6
+"""Of a layer: the weights of both attentions, the three updates, the hidden units."""
+Seeds = tuple[Tensor | None, ...]
+"""Of the dropouts of a layer; None lets a kernel draw its own."""
 
 
 class ValueProjection(Linear):
@@ -49,6 +53,7 @@ class RoPEAttention(Attention):
         memory: tuple[Tensor, Tensor] | None = None,
         num_unrotated: int = 0,
         index: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> Tensor:
         """Attention of x [N, hw, dim], on the grid of `tables`, to itself or to a memory.
 
@@ -58,11 +63,12 @@ class RoPEAttention(Attention):
                 image, whose keys are not rotated.
             index: int64; rows of the result are those of the projected q, k and v at these places, each with dropout of
                 its own.
+            seed: of the dropout, for the fused kernel.
         """
         q, k, v, key_projection = self._project(x, norm, memory)
         if index is not None:
             q, k, v = (_take(x, index) for x in (q, k, v))
-        out, row_sum = self._weighted_sums(q, k, v, key_projection, tables, num_unrotated)
+        out, row_sum = self._weighted_sums(q, k, v, key_projection, tables, num_unrotated, seed)
         if self.folds:
             return self._project_sums(out, row_sum)
         return self.out_proj(self.v_proj(out, row_sum) if self.absorbs else out)
@@ -102,13 +108,14 @@ class RoPEAttention(Attention):
         key_projection: tuple[Tensor, Tensor] | None,
         tables: tuple[Tensor, Tensor],
         num_unrotated: int,
+        seed: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Sums of the values [N, hw, D] by dropped attention weights, and (where values are absorbed) those of the
         weights [N, hw]."""
         dropout = self.dropout if self.training else 0.0
         if self.performance.fused_memory_attention:
-            options = {"num_unrotated": num_unrotated, "dropout": dropout, "key_projection": key_projection}
-            return memory_attention(q, k, v, rotary=tables, **options)
+            options = {"num_unrotated": num_unrotated, "dropout": dropout, "seed": seed}
+            return memory_attention(q, k, v, rotary=tables, key_projection=key_projection, **options)
         q = apply_rotary(q, *tables)
         if num_unrotated:
             placed, rest = k.split([k.shape[1] - num_unrotated, num_unrotated], dim=1)
@@ -162,30 +169,31 @@ class MemoryAttentionLayer(nn.Module):
         tables: tuple[Tensor, Tensor],
         num_unrotated: int,
         index: Tensor | None = None,
+        seeds: Seeds = (None,) * DROPOUTS,
     ) -> Tensor:
         """x [N, hw, dim]; with `index` (int64 [N]) x [B, hw, dim], what image each of N objects starts from."""
-        x = self._attend_to_itself(x, tables, index)
-        update = self.cross_attn_image(x, self.norm2, tables, (keys, values), num_unrotated)
-        x = self._add(x, update, self.dropout2)
-        hidden = self._rectify(project_normalized(x, self.norm3, self.linear1, self.performance))
-        return self._add(x, self.linear2(hidden), self.dropout3)
+        x = self._attend_to_itself(x, tables, index, seeds)
+        update = self.cross_attn_image(x, self.norm2, tables, (keys, values), num_unrotated, seed=seeds[2])
+        x = self._add(x, update, self.dropout2, seeds[3])
+        hidden = self._rectify(project_normalized(x, self.norm3, self.linear1, self.performance), seeds[4])
+        return self._add(x, self.linear2(hidden), self.dropout3, seeds[5])
 
-    def _attend_to_itself(self, x: Tensor, tables: tuple[Tensor, Tensor], index: Tensor | None) -> Tensor:
+    def _attend_to_itself(self, x: Tensor, tables: tuple[Tensor, Tensor], index: Tensor | None, seeds: Seeds) -> Tensor:
         # Without dropout objects of an image differ in nothing so far.
         differs = self.training and self.self_attn.dropout > 0
-        out = self.self_attn(x, self.norm1, tables, index=index if differs else None)
+        out = self.self_attn(x, self.norm1, tables, index=index if differs else None, seed=seeds[0])
         if index is None:
-            return self._add(x, out, self.dropout1)
-        return self._add(_take(x, index), out if differs else _take(out, index), self.dropout1)
+            return self._add(x, out, self.dropout1, seeds[1])
+        return self._add(_take(x, index), out if differs else _take(out, index), self.dropout1, seeds[1])
 
-    def _add(self, x: Tensor, update: Tensor, dropout: nn.Dropout) -> Tensor:
+    def _add(self, x: Tensor, update: Tensor, dropout: nn.Dropout, seed: Tensor | None) -> Tensor:
         if self.performance.fused_dropout and self.training and dropout.p > 0:
-            return dropout_add(x, update, dropout.p)
+            return dropout_add(x, update, dropout.p, seed=seed)
         return x + dropout(update)
 
-    def _rectify(self, x: Tensor) -> Tensor:
+    def _rectify(self, x: Tensor, seed: Tensor | None) -> Tensor:
         if self.performance.fused_dropout and self.training and self.dropout.p > 0:
-            return relu_dropout(x, self.dropout.p)
+            return relu_dropout(x, self.dropout.p, seed=seed)
         return self.dropout(F.relu(x))
 
 
@@ -203,12 +211,22 @@ class MemoryAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim
+        self.dropout = dropout
         self.shares = performance.shared_self_attention
+        # All of a layer's random numbers follow from seeds, so that none are drawn when it is computed again.
+        self.seeded = performance.fused_dropout and performance.fused_memory_attention
         self.layers = nn.ModuleList(
             MemoryAttentionLayer(dim, memory_dim, hidden_dim, dropout, performance) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
         self._tables = TableCache()
+
+    def _draw_seeds(self, device: torch.device) -> list[Seeds]:
+        """Of every layer, in one draw."""
+        if not (self.seeded and self.training and self.dropout > 0):
+            return [(None,) * DROPOUTS] * len(self.layers)
+        seeds = draw_seeds(DROPOUTS * len(self.layers), device)
+        return [seeds[start : start + DROPOUTS] for start in range(0, len(seeds), DROPOUTS)]
 
     def _grid_tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
         def build() -> tuple[Tensor, ...]:
@@ -264,7 +282,7 @@ class MemoryAttention(nn.Module):
         # Cast here once, not by autocast in every layer.
         dtype = compute_dtype(memory)
         keys, values = (memory + memory_position).to(dtype), memory.to(dtype)
-        for layer in self.layers:
-            run = recomputed(layer, recompute.selective) if recompute.memory else layer
-            x, index = run(x, keys, values, (cos, sin), num_pointer_tokens, index), None
-        return self.norm(x).transpose(1, 2).unflatten(-1, (height, width))
+        for layer, seeds in zip(self.layers, self._draw_seeds(x.device), strict=True):
+            run = recomputed(layer, recompute.selective, not self.seeded) if recompute.memory else layer
+            x, index = run(x, keys, values, (cos, sin), num_pointer_tokens, index, seeds), None
+        return self.norm(x).to(x.dtype).transpose(1, 2).unflatten(-1, (height, width))

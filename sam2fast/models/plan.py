@@ -7,10 +7,11 @@ generator state on all ranks the graphs are equal, which sharded training needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from ..config import PromptConfig
 from .prompts import Points
@@ -38,6 +39,8 @@ class RolloutPlan:
     corrected_as_conditioning: bool = True
     injected: Mapping[int, Sequence[Points | None]] | None = field(default=None, compare=False, repr=False)
     """Recorded points: for each frame, all points that each run of the mask decoder sees; nothing is sampled then."""
+    on_object: Tensor | None = field(default=None, compare=False, repr=False)
+    """`click_from_gt` as bool [frames, clicks] on the device, read there instead of it: see `kind`."""
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -48,6 +51,11 @@ class RolloutPlan:
     def clicks(self) -> int:
         """Correction clicks of each corrected frame."""
         return max(map(len, self.click_from_gt), default=0)
+
+    @property
+    def kind(self) -> RolloutPlan:
+        """What shapes the graph: all of the plan but the values of `click_from_gt`, which may come as a tensor."""
+        return replace(self, click_from_gt=tuple((False,) * len(clicks) for clicks in self.click_from_gt))
 
     def corrections(self, frame: int) -> tuple[bool, ...]:
         """The corrections of a frame: for each, whether its click ignores the errors (see `click_from_gt`)."""

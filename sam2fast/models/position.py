@@ -15,10 +15,11 @@ class TableCache:
     """Constant tensors by key, kept out of the state dict and safe from a module's dtype casts.
 
     Encodings depend on the grid alone; building them takes about ten small kernels, and a training step asks for them
-    hundreds of times. Only plain tensors are kept: a fake tensor of a tracer must not outlive its trace.
+    hundreds of times. Only plain tensors are kept: a fake tensor of a tracer must not outlive its trace. Most entries
+    are a few KB, those of the distances to the memories of a frame; a training step reads about ten.
     """
 
-    def __init__(self, max_entries: int = 64) -> None:
+    def __init__(self, max_entries: int = 1024) -> None:
         self._entries: dict[Hashable, tuple[Tensor, ...]] = {}
         self._max_entries = max_entries
 
@@ -33,6 +34,10 @@ class TableCache:
                     self._entries.clear()
                 self._entries[key] = found
         return found
+
+    def tensors(self) -> list[Tensor]:
+        """All that are kept now."""
+        return [table for tables in self._entries.values() for table in tables]
 
 
 def _wavelengths(count: int, device: torch.device | str | None) -> Tensor:

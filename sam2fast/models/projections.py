@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .layers import LayerNorm, LayerNorm2d, compute_dtype, without_autocast
+from .layers import LayerNorm, LayerNorm2d, compute_dtype, lend, without_autocast
 
 CHUNK_BYTES = 4 * 2**20
 """Of activations that a CPU keeps in its cache between two operations."""
@@ -23,10 +23,11 @@ class NormedLinear(nn.Linear):
     """A linear layer that normalizes its input itself, and keeps the input as it was before; see `normed_linear`."""
 
     def forward(
-        self, x: Tensor, norm: LayerNorm | LayerNorm2d | None, parts: int = 1, padding: int = 0
+        self, x: Tensor | None = None, norm: LayerNorm | LayerNorm2d | None = None, parts: int = 1
     ) -> tuple[Tensor, ...]:
-        """[..., in] to `parts` of [..., out / parts], normalized by the parameters of `norm` if it is given."""
-        return normed_linear(x, norm, self.weight, self.bias, parts, padding)
+        """[..., in] to `parts` of [..., out / parts], normalized by the parameters of `norm` if it is given; without an
+        input weight and bias, see `Lending`."""
+        return lend(self) if x is None else normed_linear(x, norm, self.weight, self.bias, parts)
 
 
 class GeluLinear(nn.Linear):
@@ -65,9 +66,8 @@ def normed_linear(
     weight: Tensor,
     bias: Tensor,
     parts: int = 1,
-    padding: int = 0,
 ) -> tuple[Tensor, ...]:
-    """LayerNorm, then zero tokens, then a linear map whose output is wanted in equal parts.
+    """LayerNorm, then a linear map whose output is wanted in equal parts.
 
     Kept for the backward pass is x alone, in its own dtype; the normalized tokens are computed again. The gradients of
     the parts are taken as they come, where `chunk` would first copy them into one.
@@ -77,21 +77,16 @@ def normed_linear(
         norm: lends its parameters; None for no normalization.
         weight: [out, in].
         bias: [out].
-        padding: zero tokens put after the L normalized ones.
 
     Returns:
-        `parts` tensors [M, L + padding, out / parts], in the precision of autocast where it is on.
+        `parts` tensors [M, L, out / parts], in the precision of autocast where it is on.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         y = F.layer_norm(x, norm.weight.shape, *norm(), norm.eps) if norm is not None else x
-        return F.linear(_pad(y, padding), weight, bias).chunk(parts, dim=-1)
+        return F.linear(y, weight, bias).chunk(parts, dim=-1)
     dtype = x.dtype if x.dtype == torch.float64 else compute_dtype(x)
     (scale, shift), eps = (norm(), norm.eps) if norm is not None else ((None, None), 0.0)
-    return _NormedLinear.apply(x, scale, shift, weight, bias, eps, parts, padding, dtype)
-
-
-def _pad(x: Tensor, padding: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, padding)) if padding else x
+    return _NormedLinear.apply(x, scale, shift, weight, bias, eps, parts, dtype)
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -105,54 +100,52 @@ class _NormedLinear(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         parts: int,
-        padding: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, scale, shift, weight, bias)
-        ctx.eps, ctx.padding, ctx.dtype = eps, padding, dtype
+        ctx.eps, ctx.dtype = eps, dtype
         with without_autocast(x):
-            y = x if scale is None else _norm(_widened(x, scale, shift), eps)[0]
-            return F.linear(_pad(y.to(dtype), padding), weight.to(dtype), bias.to(dtype)).chunk(parts, dim=-1)
+            y = x if scale is None else _norm(_as_tokens(x, scale, shift), eps)[0]
+            return F.linear(y.to(dtype), weight.to(dtype), bias.to(dtype)).chunk(parts, dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight, bias = saved = ctx.saved_tensors
         with without_autocast(x):
-            wide = (x,) if scale is None else _widened(x, scale, shift)
-            normed, *statistics = wide if scale is None else _norm(wide, ctx.eps)
-            y = _pad(normed.to(ctx.dtype), ctx.padding)
+            operands = (x,) if scale is None else _as_tokens(x, scale, shift)
+            normed, *statistics = operands if scale is None else _norm(operands, ctx.eps)
+            y = normed.to(ctx.dtype)
             parts, rows = [grad.flatten(0, -2) for grad in grads], weight.to(ctx.dtype).chunk(len(grads))
             found: list[Tensor | None] = [None] * 5
             if any(ctx.needs_input_grad[:3]):
-                grad = _sum_of_products(parts, rows).view_as(y)[:, : x.shape[1]]
+                grad = _sum_of_products(parts, rows).view_as(y)
                 found[0] = grad
                 if scale is not None:
-                    found[:3] = _norm_backward(grad, wide, statistics, ctx.needs_input_grad[:3])
+                    found[:3] = _norm_backward(grad, operands, statistics, ctx.needs_input_grad[:3])
             if ctx.needs_input_grad[3]:
                 found[3] = _stacked_products(parts, y.flatten(0, -2))
             if ctx.needs_input_grad[4]:
                 found[4] = torch.cat([part.sum(dim=0) for part in parts])
         inputs = zip(found, saved, strict=True)
-        return *(None if grad is None else grad.to(of.dtype) for grad, of in inputs), None, None, None, None
+        return *(None if grad is None else grad.to(of.dtype) for grad, of in inputs), None, None, None
 
 
-def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tokens and parameters of a LayerNorm in the wider of their precisions."""
-    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+def _as_tokens(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tokens and parameters of a LayerNorm in the precision of the tokens; it computes in float32 at least."""
+    return tuple(tensor.to(tensors[0].dtype) for tensor in tensors)
 
 
-def _norm(wide: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(operands: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalized tokens, mean and reciprocal deviation, of tokens, weight and bias."""
-    x, scale, shift = wide
+    x, scale, shift = operands
     return torch.native_layer_norm(x, scale.shape, scale, shift, eps)
 
 
 def _norm_backward(
-    grad: Tensor, wide: tuple[Tensor, ...], statistics: list[Tensor], needed: tuple[bool, ...]
+    grad: Tensor, operands: tuple[Tensor, ...], statistics: list[Tensor], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    x, scale, shift = wide
+    x, scale, shift = operands
     return torch.ops.aten.native_layer_norm_backward(
         grad.to(x.dtype), x, list(scale.shape), *statistics, scale, shift, list(needed)
     )

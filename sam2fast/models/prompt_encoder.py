@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..performance import PerformanceConfig
 from .layers import Conv2d, LayerNorm2d, Learned
-from .position import FourierEncoding
+from .position import FourierEncoding, TableCache
 from .upscaling import block
 
 
@@ -19,6 +19,7 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.fused_norms = (performance or PerformanceConfig()).fused_norms
         self.pe_layer = FourierEncoding(dim)
+        self._tables = TableCache()
         # negative click, positive click, top left corner, bottom right corner
         self.point_embeddings = nn.ModuleList(Learned(1, dim) for _ in range(4))
         self.not_a_point_embed = Learned(1, dim)
@@ -81,4 +82,9 @@ class PromptEncoder(nn.Module):
 
     def grid_encoding(self, grid: tuple[int, int]) -> Tensor:
         """Position encoding of the image features [1, dim, h, w], of the same kind as that of points."""
-        return self.pe_layer.grid(*grid).unsqueeze(0)
+        matrix = self.pe_layer.positional_encoding_gaussian_matrix
+        if torch.compiler.is_compiling():
+            return self.pe_layer.grid(*grid).unsqueeze(0)
+        # It depends on a buffer, which a checkpoint overwrites in place.
+        key = (grid, matrix.device, matrix.dtype, id(matrix), matrix._version)
+        return self._tables.get(key, lambda: (self.pe_layer.grid(*grid).unsqueeze(0),))[0]

@@ -105,7 +105,7 @@ def _simulate_user(
         if plan.injected is not None:
             points = plan.injected[frame][number]
         elif number > 0:
-            points = _add_click(points, truth, None if corrections[number - 1] else mask_prompt)
+            points = _add_click(points, truth, _seen_errors(mask_prompt, plan, frame, number - 1))
         multimask = model.wants_candidates(points, frame in plan.init_frames)
         if points is None and mask_prompt is None:  # nothing but the image says how many objects there are
             conditioned = conditioned.expand(len(truth), -1, -1, -1)
@@ -123,6 +123,13 @@ def _first_prompt(truth: Tensor, frame: int, plan: RolloutPlan) -> tuple[Points 
     if plan.box[plan.init_frames.index(frame)]:
         return sample_box(truth, plan.box_noise, plan.box_noise_bound), None
     return sample_click(truth, None, plan.first_click), None
+
+
+def _seen_errors(logits: Tensor, plan: RolloutPlan, frame: int, number: int) -> Tensor | None:
+    """The prediction that a correction looks at: none, or one that is nowhere above 0, where it ignores the errors."""
+    if plan.on_object is None:
+        return None if plan.corrections(frame)[number] else logits
+    return logits.detach().masked_fill(plan.on_object[plan.correct_frames.index(frame), number], 0.0)
 
 
 @torch.no_grad()

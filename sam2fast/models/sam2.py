@@ -91,6 +91,7 @@ class SAM2(nn.Module):
         recompute: str = "none",
         performance: PerformanceConfig | None = None,
         offload_activations: bool = False,
+        bfloat16_streams: bool = False,
     ) -> None:
         """Build the model with random weights.
 
@@ -98,12 +99,15 @@ class SAM2(nn.Module):
             recompute: what the backward pass of `rollout` computes again, see `RecomputePolicy.parse`.
             performance: the optimizations that are on; None takes the defaults.
             offload_activations: what the image encoder keeps for the backward pass waits in memory of the host.
+            bfloat16_streams: under bfloat16 autocast, round the residual streams of the trunk, of memory attention and
+                of the mask decoder's image to bfloat16. Not exact.
         """
         super().__init__()
         dim, memory_dim = arch.hidden_dim, arch.memory_dim
         self.arch = arch
         self.recompute = RecomputePolicy.parse(recompute)
         self.offload_activations = offload_activations
+        self.bfloat16_streams = bfloat16_streams
         self.performance = performance or PerformanceConfig()
         self._tables = TableCache()
 
@@ -140,11 +144,20 @@ class SAM2(nn.Module):
         """
         # All blocks share one function, and every block that differs in shape counts as a recompilation of it.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
-        self.image_encoder.trunk.compiled = True
+        self.fix_sizes()
         for block in self.image_encoder.trunk.blocks:
             block.compile(backend=backend, dynamic=False)
         for region in (*self.memory_attention.layers, self.memory_encoder):
             region.compile(backend=backend)
+
+    def fix_sizes(self) -> None:
+        """From now on the sizes of a training step follow from the shapes of its batch and its plan alone."""
+        self.image_encoder.trunk.fixed_sizes = True
+
+    def constant_tables(self) -> list[Tensor]:
+        """Tensors that steps read beside inputs, parameters and buffers."""
+        caches = (part for module in self.modules() for part in vars(module).values() if isinstance(part, TableCache))
+        return [table for cache in caches for table in cache.tensors()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,12 +185,14 @@ class SAM2(nn.Module):
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype, projections = self.dtype, (self.sam_mask_decoder.conv_s0, self.sam_mask_decoder.conv_s1)
         folded = [conv() for conv in projections] if self.performance.folded_projections else []
-        self.image_encoder.trunk.recompute = self.recompute
+        rounds = self.bfloat16_streams and compute_dtype(frames) == torch.bfloat16
+        trunk, stream = self.image_encoder.trunk, torch.bfloat16 if rounds else dtype
+        trunk.recompute, trunk.stream_dtype = self.recompute, torch.bfloat16 if rounds else None
         with save_on_cpu(pin_memory=frames.is_cuda) if self.offload_activations else nullcontext():
             fine, middle, top = self.image_encoder(self.normalize(frames).to(dtype), folded)
         if not folded:
             fine, middle = projections[0](fine), projections[1](middle)
-        return ImageFeatures(top.to(dtype), (fine, middle))
+        return ImageFeatures(top.to(stream), (fine, middle))
 
     def condition_on_memory(
         self,
@@ -201,7 +216,7 @@ class SAM2(nn.Module):
         if chosen is None or not (chosen.spatial or chosen.pointers):
             shared = index is None or (len(top) == 1 and self.performance.shared_image_features)
             top = top if shared else top[index]
-            return top + self.no_mem_embed().view(1, -1, 1, 1)
+            return top + self.no_mem_embed().view(1, -1, 1, 1).to(top.dtype)
         tokens, positions = self._spatial_tokens(chosen.spatial)
         num_pointer_tokens = 0
         if chosen.pointers:

@@ -10,15 +10,18 @@ from torch._subclasses import FakeTensor
 from .. import compat  # noqa: F401  must come before timm, which imports torchvision
 from ..performance import PerformanceConfig, RecomputePolicy
 from .architecture import Architecture
+from .layers import Linear
+from .position import TableCache
 from .projections import GeluLinear, NormedLinear, adopt, adopt_norm
 from .recompute import recomputed
-from .windows import VIRTUAL_KEYS, WindowGroup, WindowLayout, max_pool
+from .windows import WindowGroup, WindowLayout, max_pool
 
 from timm.layers import DropPath  # isort: skip
 from timm.models.hieradet_sam2 import HieraDet, MultiScaleBlock  # isort: skip
 
 Kept = Tensor | None
-"""Samples whose branch runs, int64 [K]. None: the branch runs on all and its module of stochastic depth masks it."""
+"""What stochastic depth does to a branch. int64 [K]: it runs on these samples alone. Floating point [B, 1, 1]: it runs
+on all and is multiplied by this, 0 or the scale. None: it runs on all, and its module of stochastic depth masks it."""
 
 
 class HieraTrunk(HieraDet):
@@ -29,14 +32,16 @@ class HieraTrunk(HieraDet):
     projection, so a key and a value made of the biases stand for all of them.
 
     With `performance.skip_dropped_paths` stochastic depth runs a branch on the samples that keep it. Torch's CPU
-    generator draws them, so that their number is known without waiting for the device. Compiled blocks, whose sizes
-    must not vary from step to step, and fake tensors get masks instead.
+    generator draws them, so that their number is known without waiting for the device. Where sizes must not vary from
+    step to step, and for fake tensors, it multiplies by masks instead, which the generator of the device draws.
     """
 
     recompute = RecomputePolicy()
     """Whether the backward pass computes the inside of every block again instead of keeping its activations."""
-    compiled = False
-    """Whether blocks are compiled, for a number of samples that is known: stochastic depth masks them."""
+    fixed_sizes = False
+    """Whether sizes must not vary from step to step, as blocks are compiled or steps recorded."""
+    stream_dtype: torch.dtype | None = None
+    """Of the tokens between blocks; None leaves what autocast makes of them, float32."""
 
     def __init__(self, arch: Architecture, performance: PerformanceConfig | None = None) -> None:
         super().__init__(
@@ -51,6 +56,7 @@ class HieraTrunk(HieraDet):
         )
         self.head = nn.Identity()
         self.performance = performance or PerformanceConfig()
+        self._tables = TableCache()
         switches = self.performance
         self.is_lean = switches.unpadded_windows or switches.skip_dropped_paths or switches.lean_projections
         if self.is_lean:
@@ -75,12 +81,13 @@ class HieraTrunk(HieraDet):
         )
         position = self._pos_embed(grid.new_zeros(1, *grid.shape[1:3], 1))
         x = layout.to_tokens(grid) + layout.to_tokens(position)
+        x = x if self.stream_dtype is None else x.to(self.stream_dtype)
         features = []
         for index, (block, kept) in enumerate(zip(self.blocks, self._draw_kept(images), strict=True)):
             x, layout = self._arrange(x, layout, block)
             run = block
             if self.recompute.trunk:
-                # Nothing in a block is random but timm's stochastic depth.
+                # Nothing in a block is random but timm's stochastic depth, which its module draws.
                 run = recomputed(block, self.recompute.selective, random=not self.performance.skip_dropped_paths)
             x = run(x, layout, *kept)
             layout = layout.pooled() if block.pools else layout
@@ -99,9 +106,11 @@ class HieraTrunk(HieraDet):
         """For the two branches of every block, the samples that stochastic depth keeps."""
         drops = [drop for block in self.blocks for drop in (block.drop_path1, block.drop_path2)]
         rates = [drop.drop_prob if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
-        skips = self.performance.skip_dropped_paths and any(rates)
-        if not skips or self.compiled or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+        if not (self.performance.skip_dropped_paths and any(rates)):
             return [(None, None)] * len(self.blocks)
+        if self.fixed_sizes or torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+            masks = self._draw_masks(tuple(rates), images)
+            return list(zip(masks[::2], masks[1::2], strict=True))
         draws = torch.rand(len(rates), len(images), device="cpu")
         keep = draws >= torch.tensor(rates, device="cpu").unsqueeze(1)
         kept = keep.nonzero()[:, 1]
@@ -110,12 +119,24 @@ class HieraTrunk(HieraDet):
         branches = kept.to(images.device, non_blocking=True).split(keep.sum(dim=1).tolist())
         return list(zip(branches[::2], branches[1::2], strict=True))
 
+    def _draw_masks(self, rates: tuple[float, ...], images: Tensor) -> tuple[Tensor, ...]:
+        """For each branch [B, 1, 1], the factor of every sample: 0 with the probability of its rate."""
+
+        def build() -> tuple[Tensor, ...]:
+            rate = torch.tensor(rates, device=images.device)
+            return rate, torch.where(rate < 1, 1 / (1 - rate), 1.0)
+
+        rate, scale = (x.view(-1, 1, 1, 1) for x in self._tables.get((rates, images.device), build))
+        draws = torch.rand(len(rates), len(images), 1, 1, device=images.device)
+        return torch.where(draws >= rate, scale, 0.0).unbind()
+
 
 class TrunkBlock(nn.Module):
     """A block of Hiera that takes over the parts of timm's, on tokens [B, N, C] in the order of a layout."""
 
     def __init__(self, block: MultiScaleBlock, performance: PerformanceConfig) -> None:
         super().__init__()
+        self._tables = TableCache()
         for name, part in block.named_children():
             self.add_module(name, part)
         self.window = block.window_size[0]
@@ -129,6 +150,8 @@ class TrunkBlock(nn.Module):
             self.mlp.fc2 = adopt(GeluLinear, self.mlp.fc2)
             if self.pools:
                 self.proj = adopt(NormedLinear, self.proj)
+        else:
+            self.attn.qkv = adopt(Linear, self.attn.qkv)
 
     def forward(self, x: Tensor, layout: WindowLayout, kept_attention: Kept = None, kept_mlp: Kept = None) -> Tensor:
         """Tokens [B, N, C] to [B, N, C], or [B, N / 4, 2 C] where a stage begins.
@@ -144,7 +167,8 @@ class TrunkBlock(nn.Module):
     def attention(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """Attention inside the windows, or over all tokens, of the normalized tokens."""
         if not self.window:
-            return self._attend(x, WindowGroup(1, 1, 1, x.shape[1], padding=0))
+            q, k, v = self._project(x)
+            return self.attn.proj(self._attend(q, k, v, WindowGroup(1, 1, 1, x.shape[1], padding=0)))
         if self.window == layout.window:
             return self._attend_windows(x, layout)
         grid = layout.to_grid(self.norm1(x))
@@ -156,28 +180,40 @@ class TrunkBlock(nn.Module):
         return padded.to_grid(out)[:, : layout.height, : layout.width].flatten(1, 2)
 
     def _attend_windows(self, x: Tensor, layout: WindowLayout, normalize: bool = True) -> Tensor:
-        parts = zip(layout.split(x), layout.groups, strict=True)
-        outputs = [self._attend(windows, group, normalize) for windows, group in parts]
-        return (layout.pooled() if self.pools else layout).join(outputs)
+        """All windows are projected at once; a token of padding, zero, would give the biases."""
+        q, k, v = self._project(x, normalize)
+        virtual = (None, None, None)
+        if any(group.padding for group in layout.groups):
+            _, bias = self.attn.qkv()
+            virtual = (None, *bias.to(k.dtype).chunk(3)[1:])
+        windows = [layout.split(part, token) for part, token in zip((q, k, v), virtual, strict=True)]
+        if len(layout.groups) > 1:  # a group that happens to be a view would keep the tokens of all
+            windows = [[part.contiguous() for part in parts] for parts in windows]
+        del q, k, v
+        outputs = [self._attend(*parts, group) for *parts, group in zip(*windows, layout.groups, strict=True)]
+        return self.attn.proj((layout.pooled() if self.pools else layout).join(outputs))
 
-    def _attend(self, windows: Tensor, group: WindowGroup, normalize: bool = True) -> Tensor:
-        """Attention inside windows [M, L, C]."""
-        q, k, v = self._project_windows(windows, VIRTUAL_KEYS if group.padding else 0, normalize)
-        q = q[:, : group.tokens] if group.padding else q
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, group: WindowGroup) -> Tensor:
+        """Attention inside windows [M, L, C], whose padding has virtual keys."""
         if self.pools:
             # Copies of their own: as parts of one tensor, k and v would keep the queries before pooling.
             q, k, v = max_pool(q, group), k.contiguous(), v.contiguous()
         heads = self.attn.num_heads, v.shape[-1] // self.attn.num_heads
         q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.score_bias(q))
-        return self.attn.proj(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._score_bias(group, q))
+        return out.transpose(1, 2).flatten(2)
 
-    def _project_windows(self, windows: Tensor, padding: int, normalize: bool) -> tuple[Tensor, ...]:
-        """Queries, keys and values of windows, and of zero tokens after them: those of padding."""
+    def _score_bias(self, group: WindowGroup, q: Tensor) -> Tensor | None:
+        if not group.padding or torch.compiler.is_compiling():
+            return group.score_bias(q)
+        key = (group.padding, group.tokens, q.dtype, q.device)
+        return self._tables.get(key, lambda: (group.score_bias(q),))[0]
+
+    def _project(self, x: Tensor, normalize: bool = True) -> tuple[Tensor, ...]:
+        """Queries, keys and values [B, N, C'] of tokens [B, N, C]."""
         if self.lean:
-            return self.attn.qkv(windows, self.norm1 if normalize else None, parts=3, padding=padding)
-        windows = self.norm1(windows) if normalize else windows
-        return self.attn.qkv(F.pad(windows, (0, 0, 0, padding))).chunk(3, dim=-1)
+            return self.attn.qkv(x, self.norm1 if normalize else None, parts=3)
+        return self.attn.qkv(self.norm1(x) if normalize else x).chunk(3, dim=-1)
 
     def _project_shortcut(self, x: Tensor) -> Tensor:
         return self.proj(x, self.norm1)[0] if self.lean else self.proj(self.norm1(x))
@@ -195,13 +231,15 @@ def _pool(tokens: Tensor, layout: WindowLayout) -> Tensor:
 
 
 def _take(x: Tensor, kept: Kept) -> Tensor:
-    return x if kept is None or len(kept) == len(x) else x.index_select(0, kept)
+    return x if kept is None or kept.is_floating_point() or len(kept) == len(x) else x.index_select(0, kept)
 
 
 def _add(x: Tensor, branch: Tensor, drop: nn.Module, kept: Kept) -> Tensor:
     """Add a branch [K, ...] to the samples that it ran on, scaled so that the mean over all draws is that of all."""
     if kept is None:
         return x + drop(branch)
+    if kept.is_floating_point():
+        return torch.addcmul(x, branch, kept.to(x.dtype))
     rate = getattr(drop, "drop_prob", 0.0)
     scale = 1 / (1 - rate) if rate < 1 else 1.0
     if len(kept) == len(x):

@@ -80,17 +80,24 @@ class WindowLayout:
             for columns, width in self._columns
         )
 
-    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Tokens [B, N, C] by group, [B * windows, tokens of a window, C] each."""
+    def split(self, tokens: Tensor, virtual: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Tokens [B, N, C] by group, [B * windows, tokens of a window, C] each.
+
+        With `virtual` [C], windows with padding have VIRTUAL_KEYS tokens more, at their end, which are this one.
+        """
         if len(self.groups) == 1:
             parts = (tokens,)
         else:
             parts = tokens.split([group.windows * group.tokens for group in self.groups], dim=1)
         batch, channels = tokens.shape[0], tokens.shape[-1]  # no -1 below: a batch may be empty
-        return tuple(
-            part.reshape(batch * group.windows, group.tokens, channels)
-            for group, part in zip(self.groups, parts, strict=True)
-        )
+
+        def windows(part: Tensor, group: WindowGroup) -> Tensor:
+            if virtual is None or not group.padding:
+                return part.reshape(batch * group.windows, group.tokens, channels)
+            added = virtual.expand(batch, group.windows, VIRTUAL_KEYS, channels)
+            return torch.cat([part.unflatten(1, (group.windows, group.tokens)), added], dim=2).flatten(0, 1)
+
+        return tuple(windows(part, group) for group, part in zip(self.groups, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Inverse of `split`."""

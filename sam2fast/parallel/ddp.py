@@ -47,11 +47,15 @@ class TorchEngine:
     def backward(self, loss: Tensor, boundary: bool) -> None:
         self.scaler.scale(loss).backward()
         if boundary:
-            if self.fill_missing:
-                for param in self.params:
-                    if param.grad is None:
-                        param.grad = torch.zeros_like(param)
-            self._average_gradients()
+            self.finish_gradients()
+
+    def finish_gradients(self) -> None:
+        """What follows on the last gradient of an optimizer step: missing ones are filled, all averaged over ranks."""
+        if self.fill_missing:
+            for param in self.params:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+        self._average_gradients()
 
     def step(self, lr_scale: float) -> StepResult:
         set_rates(self.optimizer.param_groups, lr_scale)
@@ -104,8 +108,8 @@ class TorchEngine:
             flat = torch.cat([grad.flatten() for grad in bucket])
             dist.all_reduce(flat)
             flat /= self.ranks.world_size
-            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-                grad.copy_(part.view_as(grad))
+            parts = flat.split([grad.numel() for grad in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(grad) for grad, part in zip(bucket, parts, strict=True)])
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -112,6 +112,8 @@ def test_the_optimizations_save_arithmetic(counts):
 @pytest.mark.parametrize(
     "run, size, batch, limit",
     [
+        ("none", "base_plus", "video", 18),
+        ("none", "large", "video", 35),
         ("image", "large", "image", 20),
         ("most", "base_plus", "video", 9),
         ("most", "large", "video", 14),
@@ -120,6 +122,26 @@ def test_the_optimizations_save_arithmetic(counts):
 )
 def test_peak_memory_stays_under_its_target(counts, run, size, batch, limit):
     assert peak(counts(run, size, batch)) <= limit * GB
+
+
+def kept_graphs() -> dict[tuple[str, str], dict[str, int]]:
+    with (BENCHMARKS / "results" / "graph_counts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all((row["off"], row["recompute"]) == ("none", "decoder") for row in rows)
+    return {(row["size"], row["batch"]): {key: int(row[key]) for key in ("launches", "recorded")} for row in rows}
+
+
+def test_with_graphs_the_host_launches_little(can_count):
+    kept = kept_graphs()
+    assert {size for size, _ in kept} == {"tiny", "base_plus", "large"}
+    assert {batch for _, batch in kept} == {"video", "points", "image"}
+    assert max(row["launches"] for row in kept.values()) <= 3000
+    done = start("--size", "large", "--batch", "image", "--graphs", OMP_NUM_THREADS="1")  # the most parameters
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["launches"] <= 3000
+    for name, value in kept["large", "image"].items():
+        assert row[name] == pytest.approx(value, rel=0.02), f"{name}: if meant, count with --graphs --save"
 
 
 PROGRAM = """
@@ -160,6 +182,11 @@ def depthwise(x, weight):
 def transposed(x, weight):
     F.conv_transpose2d(x, weight, stride=2).sum().backward()
 
+def lists(large, *small):
+    torch._foreach_zero_([large])
+    torch._foreach_add_(list(small), list(small))
+    torch._foreach_norm(list(small))
+
 def in_place(x, a, b):
     x.addmm_(a, b)
     torch.mm(a, b, out=x)
@@ -185,6 +212,7 @@ print(json.dumps({
     "depthwise": count(empty((2, 8, 16, 16), (8, 1, 7, 7), grad=True), depthwise),
     "transposed": count(empty((2, 8, 4, 4), (8, 4, 2, 2), grad=True), transposed),
     "in_place": count(empty((4, 8), (4, 16), (16, 8)), in_place),
+    "lists": count(empty((2 * 320 * 65536 + 1,), *[(5,)] * 65), lists),
     "two_parts": count(modules, two_parts),
     "recomputed": count(modules, recomputed),
 }))
@@ -215,6 +243,10 @@ def test_products_in_place_count(small):
     assert small["in_place"]["flops"] == 2 * (2 * 4 * 16 * 8)
     a, b, x = 4 * 16, 16 * 8, 4 * 8
     assert small["in_place"]["bytes"] == 4 * ((a + b + 2 * x) + (a + b + x))
+
+
+def test_lists_of_tensors_launch_once_for_so_many_blocks_or_tensors(small):
+    assert small["lists"]["launches"] == 3 + 2 + 2 * 1
 
 
 def spent(count: dict) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam2fast_kernels import library
-from sam2fast_kernels.dropout import dropout_add, relu_dropout
+from sam2fast_kernels.dropout import draw_seeds, dropout_add, relu_dropout
 from sam2fast_kernels.dropout.hash import random_bits
 from sam2fast_kernels.dropout.op import dropout_add_forward, relu_dropout_forward
 
@@ -77,6 +77,15 @@ def test_seeds_come_from_the_global_generator():
     first, second = relu_dropout(x, 0.5), relu_dropout(x, 0.5)
     torch.manual_seed(3)
     assert torch.equal(first, relu_dropout(x, 0.5)) and not torch.equal(first, second)
+
+
+def test_seeds_of_one_draw_differ_and_are_aligned():
+    torch.manual_seed(3)
+    seeds = draw_seeds(5, torch.device("cpu"))
+    assert len({seed.item() for seed in seeds}) == 5 and {seed.shape for seed in seeds} == {()}
+    assert all((seed.data_ptr() - seeds[0].data_ptr()) % 16 == 0 for seed in seeds)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, draw_seeds(5, torch.device("cpu")), seeds))
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5])

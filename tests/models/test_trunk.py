@@ -130,6 +130,34 @@ class TestStochasticDepth:
                 step = alone[0] - x[sample] if sample in kept else torch.zeros_like(x[0])
                 torch.testing.assert_close(out[sample], x[sample] + step / (1 - block.drop_path1.drop_prob))
 
+    def test_of_fixed_sizes_masks_drop_with_the_rate_and_keep_the_mean(self):
+        trunk = make("tiny", "skip_dropped_paths", drop_path=self.RATE).train()
+        trunk.fixed_sizes = True
+        torch.manual_seed(0)
+        masks = torch.stack([trunk._draw_kept(images(32, 32, batch=64))[-1][1] for _ in range(50)])
+        assert set(masks.unique().tolist()) == {0.0, 1 / (1 - self.RATE)}
+        assert masks.mean().item() == pytest.approx(1, abs=0.08)  # four standard deviations
+        assert (trunk._draw_kept(images(32, 32))[0][0] == 1).all()
+
+    @pytest.mark.parametrize("kept", [[], [1], [0, 1, 2]])
+    def test_a_mask_is_the_same_as_leaving_samples_out(self, kept):
+        trunk = make("tiny", *SWITCHES, drop_path=self.RATE).train()
+        block, layout = trunk.blocks[5], WindowLayout(4, 6, 14)
+        x = torch.randn(3, 24, block.norm1.normalized_shape[0], dtype=torch.float64)
+        index, mask = torch.tensor(kept, dtype=torch.int64), torch.zeros(3, 1, 1, dtype=torch.float64)
+        mask[kept] = 1 / (1 - block.drop_path1.drop_prob)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x, layout, mask, mask), block(x, layout, index, index))
+
+    def test_masks_are_the_same_when_blocks_are_computed_again(self):
+        x, found = images(64, 64, batch=3), []
+        for policy in ("none", "trunk"):
+            trunk = make("tiny", *SWITCHES, drop_path=self.RATE).train()
+            trunk.fixed_sizes, trunk.recompute = True, RecomputePolicy.parse(policy)
+            torch.manual_seed(0)
+            found.append(results(trunk, x))
+        assert_same(*found)
+
     def test_mask_decides_alike_whether_dropped_samples_are_skipped_or_multiplied(self, monkeypatch):
         """Both ways, all gradients, with masks that drop some, all and no samples of a branch."""
         x = images(64, 64, batch=3)
@@ -230,14 +258,13 @@ class TestProjections:
         )
 
     @pytest.mark.parametrize("rows", [0, 1, 700])
-    @pytest.mark.parametrize("padding", [0, 2])
     @pytest.mark.parametrize(
         "frozen",
         [(), ("x",), ("scale", "shift"), ("weight", "bias"), ("x", "scale", "shift")],
         ids=lambda f: "+".join(f) or "none",
     )
     @pytest.mark.parametrize("normalized", [False, True])
-    def test_normed_linear_equals_the_plain_layers(self, normalized, frozen, padding, rows, poison_empty):
+    def test_normed_linear_equals_the_plain_layers(self, normalized, frozen, rows, poison_empty):
         layer, norm = NormedLinear(16, 6).double(), LayerNorm(16, eps=1e-3).double()
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
@@ -247,10 +274,10 @@ class TestProjections:
 
         def plain(x):
             x = F.layer_norm(x, (16,), *norm.parameters(), norm.eps) if normalized else x
-            return F.linear(F.pad(x, (0, 0, 0, padding)), *layer.parameters())
+            return F.linear(x, *layer.parameters())
 
         def run(x):
-            return torch.cat(layer(x, norm if normalized else None, parts=3, padding=padding), dim=-1)
+            return torch.cat(layer(x, norm if normalized else None, parts=3), dim=-1)
 
         assert_same(gradients(run, wrt, frozen), gradients(plain, wrt, frozen))
 

@@ -54,8 +54,8 @@ stages:
     accumulate: 2
     mixture: alternate
     data:
-      - {dataset: images, batch_size: 2, max_objects: 2}
-      - {dataset: videos, frames: 3, batch_size: 1, max_objects: 2, occlusion: {probability: 0.5, max_frames: 1}}
+      - {dataset: images, batch_size: 2, max_objects: 2, balance: true}
+      - {dataset: videos, frames: 3, max_objects: 2, balance: true, occlusion: {probability: 0.5, max_frames: 1}}
     prompts: *prompts
     optim: *optim
 validation:
@@ -79,7 +79,7 @@ data:
 stages:
   - name: video
     steps: 4
-    data: [{dataset: videos, frames: 3, batch_size: 1, max_objects: 2}]
+    data: [{dataset: videos, frames: 3, batch_size: 1, max_objects: 2, balance: true}]
     prompts: {video: {mask: 1, click: 0, box: 0}, init_frames: 1, corrected_frames: 0}
     loss: {temporal: 0.5}
     optim: {lr: 1.0e-3}

@@ -11,15 +11,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ...config import DatasetConfig
 from ..cache import Arrays, cached
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..defects import is_collecting, note_warning, report, tolerated
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -60,15 +71,30 @@ class Sa1bImage:
         image = decode_image(self._bytes, self._image)
         return [image for _ in indices]
 
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        assert not any(indices), indices
+        check_image(self._bytes, self._image)
+        return [self._bytes for _ in indices]
+
     def masks(self, frame: int) -> FrameMasks:
         """Object ids are the positions in the file's list."""
         assert frame == 0, frame
-        runs = {}
-        for number, annotation in enumerate(self._annotations):
-            source = f"{self._annotation}, annotation {number}"
-            runs[number] = parse_rle(annotation.get("segmentation") if isinstance(annotation, dict) else None, source)
-            check_size(runs[number][0], self.size, source, self._warn)
-        return run_length_masks(runs, self.size)
+        return run_length_masks(self._run_lengths, self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        assert frame == 0, frame
+        return annotated_areas(self._run_lengths)
+
+    @property
+    def _run_lengths(self) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            number: (
+                annotation.get("segmentation") if isinstance(annotation, dict) else None,
+                f"{self._annotation}, annotation {number}",
+            )
+            for number, annotation in enumerate(self._annotations)
+        }
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -96,6 +122,12 @@ class _Table:
     """bytes [N], what the folder or tar file calls them"""
     spans: np.ndarray
     """int64 [N, 3]: which folder or tar file, offset and size there (size -1 for a file of its own)"""
+
+    def path(self, row: int, containers: Sequence[str]) -> str:
+        """Where a file lies."""
+        container, _, size = self.spans[row].tolist()
+        separator = "/" if size == _WHOLE_FILE else ":"
+        return f"{containers[container]}{separator}{self.members[row].decode()}"
 
     def find(self, names: np.ndarray) -> np.ndarray:
         """Row of each of `names`, -1 where it is missing."""
@@ -129,6 +161,11 @@ class Sa1bDataset:
         path, member = self._containers[container].decode(), _as_text(self._members[part][index])
         return _Place(f"{path}/{member}") if size == _WHOLE_FILE else _Place(path, member, offset, size)
 
+    def sources(self) -> list[Path]:
+        """Tar files, and the folders of single files."""
+        used = self._spans[:, 1, 0].unique().tolist()
+        return [Path(self._containers[container].decode()) for container in used]
+
 
 def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
     """Open a dataset in SA-1B layout; see `formats.open_dataset`."""
@@ -147,10 +184,21 @@ def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
     rows = images.find(names)
     lost = [text.decode() for text in names[rows < 0]]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotations have no image: {shorten(lost)} "
             f"({lost[0]}.json needs {lost[0]}.jpg); add the images, or name them in `exclude`"
         )
+        needs = {
+            text.decode(): f"{annotations.path(row, list(containers))} needs {text.decode()}.jpg, which is not there"
+            for text, row in zip(names[rows < 0], annotations.find(names[rows < 0]), strict=True)
+        }
+        report(error, "annotations without images", needs)
+    if is_collecting():
+        unused = np.flatnonzero(annotations.find(images.names) < 0)
+        texts = {images.names[row].decode(): images.path(row, list(containers)) for row in unused}
+        notes = {text: f"{path} has no {text}.json" for text, path in texts.items()}
+        note_warning("images without annotations, which are not used", notes)
+    names, rows = names[rows >= 0], rows[rows >= 0]
     return Sa1bDataset(name, list(containers), _rows(images, rows), _rows(annotations, annotations.find(names)))
 
 
@@ -178,7 +226,9 @@ def _contents(root: Path) -> dict[str, Arrays]:
             found[str(folder)] = _index((file, 0, _WHOLE_FILE) for file in loose)
         for file in files:
             if file.lower().endswith(".tar"):
-                found[str(folder / file)] = cached(folder / file, "members", lambda path=folder / file: _read_tar(path))
+                with tolerated():
+                    path = folder / file
+                    found[str(path)] = cached(path, "members", lambda path=path: _read_tar(path))
     return found
 
 
@@ -234,7 +284,7 @@ def _rows(table: _Table, rows: np.ndarray) -> _Table:
 
 def _as_tensor(texts: np.ndarray) -> torch.Tensor:
     """bytes [N] to uint8 [N, longest]."""
-    return torch.from_numpy(np.ascontiguousarray(texts).view(np.uint8).reshape(len(texts), -1))
+    return torch.from_numpy(np.ascontiguousarray(texts).view(np.uint8).reshape(len(texts), texts.itemsize))
 
 
 def _as_text(row: torch.Tensor) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
+from ..defects import is_collecting, note_warning, report
 from ..files import Packed, WarnOnce, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
 from .selection import select, shorten
@@ -43,20 +44,35 @@ class SavVideo:
         return self._reader.size
 
     @property
+    def frame_rate(self) -> float:
+        """Frames a second of the video, on average."""
+        return self._reader.frame_rate
+
+    @property
     def annotated(self) -> Sequence[int]:
         return self._annotated
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         return self._reader.frames(indices)
 
+    @property
+    def plain_video(self) -> Path | None:
+        """The file, where any decoder finds the frames by number (`VideoReader.plain`)."""
+        return self._reader.path if self._reader.plain else None
+
     def masks(self, frame: int) -> FrameMasks:
-        runs = {}
-        for track in self._tracks:
-            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
-                source = f"{track.path}, frame {frame}, object {object_id}"
-                runs[object_id] = parse_rle(rle, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
-        return run_length_masks(runs, self.size)
+        return run_length_masks(self._run_lengths(frame), self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        return annotated_areas(self._run_lengths(frame))
+
+    def _run_lengths(self, frame: int) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            object_id: (rle, f"{track.path}, frame {frame}, object {object_id}")
+            for track in self._tracks
+            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True)
+        }
 
     def __del__(self) -> None:
         # PyAV's objects refer to each other: the open file and the decoder's frames would wait for Python's collector
@@ -135,6 +151,9 @@ class SavDataset:
         name, video, *jsons = self._videos[index].decode().split("\0")
         return SavVideo(name, Path(video), [Path(path) for path in jsons], self._warn)
 
+    def sources(self) -> list[Path]:
+        return [Path(path) for row in self._videos for path in row.decode().split("\0")[2:]]
+
 
 def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     """Open a dataset in SA-V layout; see `formats.open_dataset`."""
@@ -159,11 +178,16 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in videos]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
             f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`"
         )
-    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names])
+        needs = {video: f"{jsons[video][0]} needs {video}.mp4, which is not in {root}" for video in lost}
+        report(error, "annotations without videos", needs)
+    if is_collecting():
+        unused = {video: f"{videos[video]} has no annotations" for video in sorted(videos.keys() - jsons.keys())}
+        note_warning("videos without annotations, which are not used", unused)
+    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names if video in videos])
 
 
 def _paths(root: Path) -> dict[str, str]:

@@ -1,0 +1,139 @@
+"""What the host launches in a training step whose micro-step is replayed as a CUDA graph, on fake CUDA tensors.
+
+The trainer, its engine and the bookkeeping of graphs are the real ones; only the recording is left out.
+`fake_cuda.load()` comes before the import of this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import Parameter
+from torch.utils import _foreach_utils
+
+from sam2fast import trainer
+from sam2fast.checkpoint import RunState
+from sam2fast.config import Config
+from sam2fast.optim import build_groups
+from sam2fast.parallel import GraphedSteps, Ranks
+from sam2fast.parallel.ddp import TorchEngine
+from sam2fast.telemetry.meters import Meters
+
+from .counter import StepCounter, Tally
+from .parts import PartTracker
+from .steps import PLANS, Setup, fake_batch, fake_model, gpu_attention, kept_tables, single_thread
+
+RANKS = 8
+PLACES = ("inputs_replay_terms", "all_reduce", "clip_and_update", "meters", "other")
+"""Where the host launches something; other is the number of objects that losses are divided by."""
+
+
+@dataclass(frozen=True)
+class GraphCount:
+    """Launches of a step."""
+
+    recorded: int
+    """Kernels inside the graph, which the device starts itself."""
+    host: dict[str, int]
+    """By place, the replay being one launch."""
+
+    @property
+    def total(self) -> int:
+        """All that the host launches."""
+        return sum(self.host.values())
+
+
+def count_graph(setup: Setup) -> GraphCount:
+    """A replayed step on one of `RANKS` GPUs: one micro-step, bfloat16, default optimizer."""
+    tracker = PartTracker()
+    counter = StepCounter(tracker)
+    plan, objects = PLANS[setup.batch]
+    work: list[int] = []
+    accumulate = GraphedSteps._accumulate
+
+    def counted_work(*args):
+        before = launches(counter)
+        result = accumulate(*args)
+        work.append(launches(counter) - before)
+        return result
+
+    with ExitStack() as stack:
+        for context in (FakeTensorMode(), gpu_attention(), kept_tables(counter), single_thread(), _fake_ranks()):
+            stack.enter_context(context)
+        stack.enter_context(mock.patch.object(GraphedSteps, "_accumulate", counted_work))
+        changes = {"GraphedSteps": partial(GraphedSteps, record_at=1), "draw_plan": lambda *_: plan}
+        changes["CudaCapture"] = partial(_Capture, counter, tracker)
+        stack.enter_context(mock.patch.multiple(trainer, **changes))
+        stage = _trainer(setup, plan.num_frames)
+        batch = fake_batch(plan.num_frames, objects, setup.side, "cpu")
+        for owner, name, place in (
+            (stage.graphs, "run", PLACES[0]),
+            (stage.engine, "finish_gradients", PLACES[1]),
+            (stage.engine, "step", PLACES[2]),
+            (stage, "_record", PLACES[3]),
+        ):
+            setattr(owner, name, tracker.tracked(getattr(owner, name), place))
+        with counter:
+            stage._step([batch])
+            counter.tallies.clear()
+            stage._step([batch])
+    host = dict.fromkeys(PLACES, 0)
+    for (_, (place, _)), tally in counter.tallies.items():
+        host[place] += tally.launches
+    return GraphCount(work[0] + 1, host)  # the loss terms are also moved, to their static tensor
+
+
+class _Capture:
+    """Records nothing; a replay is one launch."""
+
+    def __init__(self, counter: StepCounter, tracker: PartTracker) -> None:
+        self._counter, self._tracker = counter, tracker
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            self._counter.tallies["forward", (self._tracker.current(), "replay")].add(Tally(launches=1))
+
+        return replay
+
+    def crowded(self) -> bool:
+        return False
+
+
+def _trainer(setup: Setup, frames: int) -> trainer.StageTrainer:
+    model = fake_model(setup)
+    model.fix_sizes()
+    data = {"dataset": "fake", "frames": frames, "max_objects": 1}
+    config = Config(
+        name="count",
+        precision="bfloat16",
+        model={"size": setup.size, "cuda_graphs": True},
+        data={"datasets": {"fake": {"root": "nowhere"}}},
+        stages=[{"name": "count", "steps": 9, "data": [data], "loss": {"fused": "fused_loss" not in setup.off}}],
+    )
+    optim, ranks = config.stages[0].optim, Ranks(0, RANKS, 0, torch.device("cuda"))
+    engine = TorchEngine(optim, ranks, model, build_groups(model, optim), config.precision)
+    telemetry = trainer.Telemetry(Meters(), None, None, dict, print)
+    return trainer.StageTrainer(config, RunState(), engine, [], ranks, None, telemetry, dict)
+
+
+@contextmanager
+def _fake_ranks() -> Iterator[None]:
+    """Collectives are one launch each; pinned memory is memory."""
+    # Fake tensors too are of a type that PyTorch's optimizers and norms take in lists.
+    types = mock.patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, Parameter, FakeTensor])
+    with (
+        types,
+        mock.patch.multiple(torch.distributed, all_reduce=lambda x: x.mul_(1), broadcast=lambda x, src: None),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda x: x),
+    ):
+        yield
+
+
+def launches(counter: StepCounter) -> int:
+    return sum(tally.launches for tally in counter.tallies.values())

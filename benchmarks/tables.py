@@ -1,0 +1,175 @@
+"""Write the tables of docs/performance.md from the files in results/.
+
+    python benchmarks/tables.py
+
+replaces what stands between `<!-- table NAME -->` and `<!-- end -->`. Computed figures come from step_counts.csv and
+step_parts.csv and graph_counts.csv, measured ones from step_time.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+PAGE = FOLDER.parent / "docs" / "performance.md"
+SIZES = {"tiny": "T", "base_plus": "B+", "large": "L"}
+BATCHES = {"video": "8 frames x 3 objects", "points": "the same, clicked", "image": "image, 64 masks"}
+KINDS = {"video": "mask", "points": "points", "image": "image"}
+"""Of the batches, what the shapes of step_time.csv call them."""
+POLICIES = {
+    ("all", "none"): "all off",
+    ("none", "none"): "all on",
+    ("none", "decoder"): "`recompute=decoder` (default)",
+    ("none", "decoder+trunk+memory"): "`decoder+trunk+memory`",
+}
+Row = dict[str, str]
+
+
+def parts(batch: str) -> list[str]:
+    """Each part of a step of B+: all off, then all on, nothing recomputed."""
+    rows = {(row["off"], row["part"]): row for row in _read("step_parts.csv") if row["batch"] == batch}
+    names = [part for off, part in rows if off == "all"]
+    lines = ["| part | TFLOP | GB moved | launches | GB kept for the backward pass |", "|---|---|---|---|---|"]
+    total = {off: [0.0] * 4 for off in ("all", "none")}
+    for name in names:
+        pair = [_part_figures(rows[off, name]) for off in ("all", "none")]
+        for off, figures in zip(total, pair, strict=True):
+            total[off] = [a + b for a, b in zip(total[off], figures, strict=True)]
+        if any(any(figures) for figures in pair):
+            lines.append(_part_line(name, *pair))
+    return [*lines, _part_line("total", *total.values())]
+
+
+def memory() -> list[str]:
+    """Peak memory of every policy, with parameters, AdamW and inputs."""
+    counts = _counts()
+    lines = ["| | " + " | ".join(POLICIES.values()) + " |", "|---" * (1 + len(POLICIES)) + "|"]
+    for size, name in SIZES.items():
+        for batch in ("video", "image"):
+            peaks = [_peak(counts[size, batch, *policy]) for policy in POLICIES]
+            lines.append(f"| {name}, {BATCHES[batch]} | " + " | ".join(f"{peak:.1f}" for peak in peaks) + " |")
+    return lines
+
+
+def launches() -> list[str]:
+    """Operations that every switch saves or adds: one off at a time."""
+    counts = _counts()
+    names = [name for _, _, name, policy in counts if policy == "none" and name not in ("all", "none")]
+    columns = [(size, batch) for size in ("tiny", "base_plus") for batch in BATCHES]
+    lines = ["| left out | " + " | ".join(f"{SIZES[size]}, {KINDS[batch]}" for size, batch in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for name in (*dict.fromkeys(names), "none", "all"):
+        cells = [_launch_cell(counts.get((*column, name, "none"))) for column in columns]
+        label = {"none": "nothing (`all_on`)", "all": "everything (`all_off`)"}.get(name, f"`{name}`")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def graphs() -> list[str]:
+    """What the host launches eagerly and with model.cuda_graphs, and the kernels inside the graph."""
+    counts = _counts()
+    lines = ["| step | host, eager | host, with graphs | kernels in the graph |", "|---|---|---|---|"]
+    for row in _read("graph_counts.csv"):
+        eager = counts[row["size"], row["batch"], row["off"], row["recompute"]]["launches"]
+        figures = (int(eager), int(row["launches"]), int(row["recorded"]))
+        name = f"{SIZES[row['size']]}, {BATCHES[row['batch']]}"
+        lines.append(f"| {name} | " + " | ".join(f"{figure:,}" for figure in figures) + " |")
+    return lines
+
+
+def ablation(shape: str) -> list[str]:
+    """Time and memory with one switch off, against all on, in the last run of a shape."""
+    last = {row["provider"]: row for row in _read("step_time.csv") if row["shape"] == shape}
+    on = last["all_on"]
+    order = sorted(
+        (name for name in last if name.startswith("no_")), key=lambda name: float(last[name]["ms"]), reverse=True
+    )
+    lines = ["| left out | ms | time against all on | MB | memory against all on |", "|---|---|---|---|---|"]
+    for name in (*order, "all_on", "all_off"):
+        row = last[name]
+        time, size = float(row["ms"]), float(row["peak_bytes"])
+        label = {"all_on": "nothing (`all_on`)", "all_off": "everything (`all_off`)"}.get(
+            name, f"`{name.removeprefix('no_')}`"
+        )
+        ratios = time / float(on["ms"]), size / float(on["peak_bytes"])
+        lines.append(f"| {label} | {time:.0f} | {ratios[0]:.2f} | {size / 1e6:.0f} | {ratios[1]:.2f} |")
+    return lines
+
+
+def times(shape: str) -> list[str]:
+    """All off against the rest, in the last run of a shape."""
+    last = {row["provider"]: row for row in _read("step_time.csv") if row["shape"] == shape}
+    off = last["all_off"]
+    lines = ["| provider | s | GB | times faster | times less memory |", "|---|---|---|---|---|"]
+    for name, row in last.items():
+        if not name.startswith("no_"):
+            seconds, size = float(row["ms"]) / 1e3, float(row["peak_bytes"]) / 1e9
+            ratios = float(off["ms"]) / float(row["ms"]), float(off["peak_bytes"]) / float(row["peak_bytes"])
+            lines.append(f"| `{name}` | {seconds:.3g} | {size:.3g} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    return lines
+
+
+TABLES: dict[str, Callable[..., list[str]]] = {
+    "parts": parts,
+    "memory": memory,
+    "launches": launches,
+    "graphs": graphs,
+    "ablation": ablation,
+    "times": times,
+}
+
+
+def main() -> int:
+    text = PAGE.read_text()
+    pattern = re.compile(r"<!-- table (\w+) ?(\S*) -->\n.*?<!-- end -->", re.DOTALL)
+
+    def fill(match: re.Match[str]) -> str:
+        name, argument = match.groups()
+        table = TABLES[name](argument) if argument else TABLES[name]()
+        return "\n".join([f"<!-- table {name}{f' {argument}' if argument else ''} -->", *table, "<!-- end -->"])
+
+    partial = PAGE.with_suffix(".partial")
+    partial.write_text(pattern.sub(fill, text))
+    os.replace(partial, PAGE)
+    print(PAGE.relative_to(FOLDER.parent))
+    return 0
+
+
+def _read(name: str) -> list[Row]:
+    with (FOLDER / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _counts() -> dict[tuple[str, str, str, str], Row]:
+    return {(row["size"], row["batch"], row["off"], row["recompute"]): row for row in _read("step_counts.csv")}
+
+
+def _peak(row: Row) -> float:
+    return (int(row["peak_bytes"]) + int(row["state_bytes"])) / 1e9
+
+
+def _launch_cell(row: Row | None) -> str:
+    return f"{int(row['launches']):,}" if row else ""
+
+
+def _part_figures(row: Row) -> list[float]:
+    """TFLOP, GB moved, launches, GB kept."""
+    flops, moved, started = (
+        int(row[f"forward_{unit}"]) + int(row[f"backward_{unit}"]) for unit in ("flops", "bytes", "launches")
+    )
+    return [flops / 1e12, moved / 1e9, float(started), int(row["saved_bytes"]) / 1e9]
+
+
+def _part_line(name: str, before: list[float], after: list[float]) -> str:
+    form = ("{:.2f}", "{:.0f}", "{:,.0f}", "{:.2f}")
+    cells = [f"{f.format(a)} → {f.format(b)}" for f, a, b in zip(form, before, after, strict=True)]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
