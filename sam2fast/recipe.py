@@ -27,6 +27,7 @@ from .data.bad_records import BadRecords
 from .data.dali import choose_backend
 from .data.formats import open_dataset
 from .data.index import object_counts
+from .data.loaders import start_fork_server
 from .data.sample import Dataset
 from .data.sampling import ClipDataset
 from .evaluation.guards import Guard
@@ -76,6 +77,8 @@ def run(config: Config, ranks: Ranks) -> Path:
     # Rank 0 decides where to go on: a shared file system may show others an older state.
     state, checkpoint = ranks.broadcast(ranks.agree(lambda: folder.find_state(store) if ranks.main else None))
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
+    if config.data.workers:
+        start_fork_server()  # now, for it takes as long as building the model
     datasets = ranks.agree(lambda: _open_datasets(config))
     bad_records = BadRecords({name: len(dataset) for name, dataset in datasets.items()}, config.data.max_bad_share)
     total = sum(stage.steps for stage in config.stages)

@@ -76,7 +76,7 @@ def build_loader(
     in_flight = InFlight(workers)
     options = {}
     if workers:
-        _start_fork_server()
+        start_fork_server()
         options = {
             "multiprocessing_context": "forkserver",
             "worker_init_fn": start_worker,
@@ -167,8 +167,10 @@ class _Batches:
             raise DataError(f"{error}. Some could not be used, the last one: {self._guard.last}") from None
 
 
-def _start_fork_server() -> None:
-    """Workers are forked from a process of their own, which has imported what they need and shares it with them; this
+def start_fork_server() -> None:
+    """Begin to start what worker processes are forked from, which imports for some seconds; again does nothing.
+
+    Workers are forked from a process of their own, which has imported what they need and shares it with them; this
     one may hold a CUDA context and threads with locks.
 
     That process must import the packages from where this one did, also from a bare checkout beside an installed

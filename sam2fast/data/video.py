@@ -94,6 +94,7 @@ class VideoReader:
         if self._container is not None:
             self._container.close()
         self._container, self._last, self._position, self._needed = None, None, -1, frozenset()
+        self._stream, self._decoder = None, iter(())  # which refer to the container
 
     def _open(self) -> None:
         if self._container is not None:

@@ -43,6 +43,9 @@ class BadDataLog:
         self._enabled = enabled
         if enabled and not resuming:
             self.path.unlink(missing_ok=True)
+        elif enabled and self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a") as file:  # a line that a crash cut off
+                file.write("\n")
         self._listed = {(entry.dataset, entry.name) for entry in read_bad_data(run_dir)} if enabled else set()
 
     def write(self, entries: Iterable[Entry]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import os
 import shutil
 import tarfile
 import warnings
@@ -73,6 +75,22 @@ def test_sav(tmp_path, write_video):
     assert all((image == images[index]).all() for index, image in zip((12, 4), record.frames([12, 4]), strict=True))
     assert list(record.masks(0)) == [0, 1] and list(record.masks(8)) == [0]
     assert (record.masks(8)[0] == square(8)).all()
+
+
+def test_sav_videos_are_closed_with_their_record(tmp_path, write_video):
+    """Not when Python next looks for cycles of objects: open decoders hold tens of MB."""
+    write_sav(tmp_path / "sav_000", write_video)
+    dataset = open_at(tmp_path)
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            record = dataset[0]
+            assert len(record.frames([4, 8])) == 2 and len(os.listdir("/proc/self/fd")) == before + 1
+            del record
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
 
 
 def test_sav_grid_and_gaps(tmp_path, write_video):

@@ -26,7 +26,7 @@ def damaged(synthetic: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "data" / "videos").mkdir()
     images = sorted((tmp_path / "data" / "images").rglob("*.jpg"))
     for path in images[2:4]:
-        path.write_bytes(path.read_bytes()[:500])
+        path.write_bytes(path.read_bytes()[:-200])
     return [path.stem for path in images[2:4]]
 
 
@@ -55,15 +55,15 @@ def test_all_ranks_and_workers_count(tmp_path: Path, exact_config: Path, damaged
     assert "could not be used: 2 of images" in done.stdout and all(name in done.stdout for name in damaged)
 
 
-@pytest.mark.parametrize("share, seen", [("0.2", "2 of the 8 videos or images of dataset 'images'"), ("0", "")])
 def test_too_many_stop_the_run(
-    share: str, seen: str, tmp_path: Path, exact_config: Path, damaged: list[str], capfd: pytest.CaptureFixture
+    tmp_path: Path, exact_config: Path, damaged: list[str], capfd: pytest.CaptureFixture
 ) -> None:
     output = tmp_path / "run"
-    settings = [*SETTINGS, "data.workers=0", f"data.max_bad_share={share}", "log_every=100",
+    settings = [*SETTINGS, "data.workers=0", "data.max_bad_share=0.2", "log_every=100",
                 "data.datasets.videos.root=${data.root}/images", "data.datasets.videos.format=sa1b"]  # fmt: skip
     code = train(str(exact_config), [f"data.root={tmp_path}/data", f"output_dir={output}", *settings])
     err = capfd.readouterr().err
-    assert code == 2 and "Traceback" not in err and seen in err and "cannot decode" in err
+    assert code == 2 and "Traceback" not in err
+    assert "2 of the 8 videos or images of dataset 'images'" in err and "cannot decode" in err
     listed = [json.loads(line)["name"] for line in (output / "bad_data.jsonl").read_text().splitlines()]
-    assert set(listed) <= set(damaged) and len(listed) == (2 if seen else 1)
+    assert sorted(listed) == damaged

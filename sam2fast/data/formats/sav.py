@@ -74,6 +74,11 @@ class SavVideo:
             for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True)
         }
 
+    def __del__(self) -> None:
+        # PyAV's objects refer to each other: the open file and the decoder's frames would wait for Python's collector
+        # of cycles, which seldom runs in a loader
+        self._reader.close()
+
     @cached_property
     def _tracks(self) -> list[_Masklets]:
         return [_Masklets(path) for path in self._jsons]
