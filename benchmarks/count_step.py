@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for batch in args.batch:
             setup = steps.Setup(size, batch, off, recompute, args.side, args.bfloat16_streams)
             if args.graphs:
-                rows.append(report.print_graph(setup, graphs.count_graph(setup)))
+                rows.append(report.print_graph(setup, graphs.count_host_launches(setup)))
                 continue
             count = steps.count_step(setup)
             report.print_count(setup, count, args.top)

@@ -1,6 +1,6 @@
 """What the host launches in a training step whose micro-step is replayed as a CUDA graph, on fake CUDA tensors.
 
-The trainer, its engine and the bookkeeping of graphs are the real ones; only the recording is left out.
+The trainer, its engine and the bookkeeping of graphs are the real ones; what a recording holds is left out.
 `fake_cuda.load()` comes before the import of this module.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from unittest import mock
 
@@ -27,46 +26,30 @@ from sam2fast.telemetry.meters import Meters
 
 from .counter import StepCounter, Tally
 from .parts import PartTracker
-from .steps import PLANS, Setup, fake_batch, fake_model, gpu_attention, kept_tables, single_thread
+from .steps import PLANS, Setup, fake_batch, fake_model
 
 RANKS = 8
 PLACES = ("inputs_replay_terms", "all_reduce", "clip_and_update", "meters", "other")
 """Where the host launches something; other is the number of objects that losses are divided by."""
 
 
-@dataclass(frozen=True)
-class GraphCount:
-    """Launches of a step."""
+def count_host_launches(setup: Setup) -> dict[str, int]:
+    """By place, the launches of a replayed step on one of `RANKS` GPUs: one micro-step, bfloat16, default optimizer.
 
-    recorded: int
-    """Kernels inside the graph, which the device starts itself."""
-    host: dict[str, int]
-    """By place, the replay being one launch."""
-
-    @property
-    def total(self) -> int:
-        """All that the host launches."""
-        return sum(self.host.values())
-
-
-def count_graph(setup: Setup) -> GraphCount:
-    """A replayed step on one of `RANKS` GPUs: one micro-step, bfloat16, default optimizer."""
+    The replay is one launch. The kernels in the graph are those of the eager step with masks for stochastic depth.
+    """
     tracker = PartTracker()
     counter = StepCounter(tracker)
     plan, objects = PLANS[setup.batch]
-    work: list[int] = []
-    accumulate = GraphedSteps._accumulate
 
-    def counted_work(*args):
-        before = launches(counter)
-        result = accumulate(*args)
-        work.append(launches(counter) - before)
-        return result
+    def results(graphs: GraphedSteps, *_):
+        names = ("focal", "dice", "iou", "object_score", "total")
+        return names, torch.empty(len(names), device="cuda"), frozenset(range(len(graphs._grads)))
 
     with ExitStack() as stack:
-        for context in (FakeTensorMode(), gpu_attention(), kept_tables(counter), single_thread(), _fake_ranks()):
+        for context in (FakeTensorMode(), _fake_ranks()):
             stack.enter_context(context)
-        stack.enter_context(mock.patch.object(GraphedSteps, "_accumulate", counted_work))
+        stack.enter_context(mock.patch.object(GraphedSteps, "_accumulate", results))
         changes = {"GraphedSteps": partial(GraphedSteps, record_at=1), "draw_plan": lambda *_: plan}
         changes["CudaCapture"] = partial(_Capture, counter, tracker)
         stack.enter_context(mock.patch.multiple(trainer, **changes))
@@ -86,7 +69,7 @@ def count_graph(setup: Setup) -> GraphCount:
     host = dict.fromkeys(PLACES, 0)
     for (_, (place, _)), tally in counter.tallies.items():
         host[place] += tally.launches
-    return GraphCount(work[0] + 1, host)  # the loss terms are also moved, to their static tensor
+    return host
 
 
 class _Capture:
@@ -133,7 +116,3 @@ def _fake_ranks() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "pin_memory", lambda x: x),
     ):
         yield
-
-
-def launches(counter: StepCounter) -> int:
-    return sum(tally.launches for tally in counter.tallies.values())

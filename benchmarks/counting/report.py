@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .counter import Tally
-from .graphs import PLACES, GraphCount
+from .graphs import PLACES
 from .parts import PARTS
 from .steps import SWITCHES, Setup, StepCount
 
@@ -27,7 +27,7 @@ PART_FIGURES = (
     "forward_flops backward_flops forward_bytes backward_bytes forward_launches backward_launches saved_bytes "
     "at_peak_bytes"
 ).split()
-GRAPH_FIGURES = ("recorded", "launches", *PLACES)
+GRAPH_FIGURES = ("launches", *PLACES)
 
 
 def setting(setup: Setup) -> dict[str, str]:
@@ -99,15 +99,12 @@ def print_count(setup: Setup, count: StepCount, top: int) -> None:
         _print_top(console, count, top)
 
 
-def print_graph(setup: Setup, count: GraphCount) -> dict[str, str | int]:
+def print_graph(setup: Setup, host: dict[str, int]) -> dict[str, str | int]:
     """One line, and the row of GRAPH_RESULTS."""
-    name = setting(setup)
-    places = ", ".join(f"{value} {place.replace('_', ' ')}" for place, value in count.host.items())
-    print(
-        f"{name['size']}, {name['batch']}, off: {name['off']}, recompute: {name['recompute']}: {count.total} launches "
-        f"of the host ({places}), {count.recorded} kernels in the graph (computed, not measured)"
-    )
-    return {**name, "recorded": count.recorded, "launches": count.total, **count.host}
+    name, total = setting(setup), sum(host.values())
+    places = ", ".join(f"{value} {place.replace('_', ' ')}" for place, value in host.items())
+    print(f"{setup.size}, {setup.batch}, CUDA graphs: {total} launches of the host: {places} (computed, not measured)")
+    return {**name, "launches": total, **host}
 
 
 def save_graphs(rows: Sequence[dict[str, Any]]) -> None:

@@ -80,7 +80,7 @@ def count_step(setup: Setup) -> StepCount:
     tracker = PartTracker()
     counter = StepCounter(tracker)
     plan, objects = PLANS[setup.batch]
-    with FakeTensorMode(), gpu_attention(), kept_tables(counter), _skipped_paths(), single_thread():
+    with FakeTensorMode(), gpu_attention(), _kept_tables(counter), _skipped_paths(), _single_thread():
         model, loss = fake_model(setup), SegmentationLoss(LossConfig(fused="fused_loss" not in setup.off))
         tracker.watch_model(model)
         tracker.watch(loss, "loss")
@@ -125,7 +125,7 @@ def fake_batch(frames: int, objects: int, side: int, device: str = "cuda") -> Ba
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
+def _single_thread() -> Iterator[None]:
     """The backward pass runs in this thread, as PartTracker needs it."""
     with torch.autograd.set_multithreading_enabled(False):
         yield
@@ -169,7 +169,7 @@ def _skipped_paths() -> Iterator[None]:
 
 
 @contextmanager
-def kept_tables(counter: StepCounter) -> Iterator[None]:
+def _kept_tables(counter: StepCounter) -> Iterator[None]:
     """Constant tables are built once and cost nothing afterwards, as for plain tensors; see TableCache."""
 
     def get(self, key, build):
