@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from ..config import DatasetConfig, MixItem
+from .cache import load, store, user_cache
 from .sample import DataError, Dataset, VideoRecord
 
 _VERSION = 1
@@ -113,18 +113,16 @@ def object_counts(
         report: told before a count that takes long.
         cache: folder that is used where the dataset's own cannot be written; by default the user's cache folder.
     """
-    folders = [Path(config.root).expanduser() / ".sam2fast", cache or _user_cache()]
+    folders = [Path(config.root).expanduser() / ".sam2fast", cache or user_cache()]
     with contextlib.suppress(OSError):
         folders[0].mkdir(exist_ok=True)  # now: it changes the time of the dataset's folder
     name, stamp = _key(dataset, config, item, seed)
-    for folder in folders:
-        stored = _read(folder / f"{name}.{stamp}.npz", len(dataset))
-        if stored is not None:
-            return stored
+    places = [folder / f"{name}.npz" for folder in folders]
+    stored = load(places, stamp)
+    if stored is not None and stored.keys() == {"counts", "ends"} and len(stored["ends"]) == len(dataset):
+        return ObjectCounts(torch.from_numpy(stored["counts"]), torch.from_numpy(stored["ends"]))
     counts = ObjectCounts.of(_count_all(dataset, item, report))
-    for folder in folders:
-        if _write(folder, name, stamp, counts):
-            break
+    store(places, stamp, {"counts": counts.counts.numpy(), "ends": counts.ends.numpy()})
     return counts
 
 
@@ -175,8 +173,8 @@ def within(area: int, pixels: int, min_area: float, max_area: float) -> bool:
     return area >= (min_area if min_area >= 1 else min_area * pixels) and min(1, area / pixels) <= max_area
 
 
-def _key(dataset: Dataset, config: DatasetConfig, item: MixItem, seed: int) -> tuple[str, str]:
-    """What is counted, and the state of the files that it is counted in."""
+def _key(dataset: Dataset, config: DatasetConfig, item: MixItem, seed: int) -> tuple[str, np.ndarray]:
+    """Name of what is counted, and a stamp of the files that it is counted in, uint8 [8]."""
     what = [_VERSION, config.model_dump(mode="json"), seed, item.min_area, item.max_area]
     name = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(digest_size=8)
@@ -184,7 +182,7 @@ def _key(dataset: Dataset, config: DatasetConfig, item: MixItem, seed: int) -> t
         for path in (source, *_subfolders(source)):
             state = os.stat(path)
             digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
-    return f"objects.{name}", digest.hexdigest()
+    return f"objects.{name}", np.frombuffer(digest.digest(), np.uint8)
 
 
 def _subfolders(path: Path) -> list[str]:
@@ -193,35 +191,3 @@ def _subfolders(path: Path) -> list[str]:
         return []
     with os.scandir(path) as entries:
         return sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sam2fast"
-
-
-def _read(path: Path, records: int) -> ObjectCounts | None:
-    try:
-        with np.load(path) as stored:
-            counts, ends = torch.from_numpy(stored["counts"]), torch.from_numpy(stored["ends"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # none yet, or damaged: it is only a cache
-    sound = len(ends) == records and records and int(ends[-1]) == len(counts) and counts.dtype == torch.uint8
-    return ObjectCounts(counts, ends) if sound else None
-
-
-def _write(folder: Path, name: str, stamp: str, counts: ObjectCounts) -> bool:
-    """Write the counts in place of those of an older state; False where that is not possible."""
-    partial = folder / f"{name}.{os.getpid()}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            np.savez(file, counts=counts.counts.numpy(), ends=counts.ends.numpy())
-        partial.replace(folder / f"{name}.{stamp}.npz")
-        for old in folder.glob(f"{name}.*.npz"):
-            if old.name != f"{name}.{stamp}.npz":
-                old.unlink(missing_ok=True)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        return False
-    return True
