@@ -296,6 +296,10 @@ class StageConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
 
+    def samples_of_step(self, item: int, world_size: int) -> int:
+        """Samples of entry `item` of `data` that an optimizer step takes, over all ranks."""
+        return self.data[item].batch_size * self.accumulate * world_size
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> StageConfig:
         for item in self.data:

@@ -27,9 +27,9 @@ from .data.bad_records import BadRecords
 from .data.dali import choose_backend
 from .data.formats import open_dataset
 from .data.index import object_counts
-from .data.loaders import start_fork_server
 from .data.sample import Dataset
 from .data.sampling import ClipDataset
+from .data.workers import start_fork_server
 from .evaluation.guards import Guard
 from .evaluation.validate import check_sets, image_scores, validate, video_scores
 from .memory_plan import choose_recompute
@@ -71,7 +71,8 @@ def run(config: Config, ranks: Ranks) -> Path:
     """
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
-    choose_backend(config.data.backend, ranks.device)  # a back end that is not there is said before anything starts
+    # A back end that is not there is said before anything starts.
+    ranks.agree(lambda: choose_backend(config.data.backend, ranks.device))
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
@@ -190,7 +191,8 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     try:
         if checkpoint is not None:
             run.store.load(engine, checkpoint)
-        state.groups = state.groups or [item.batch_size * stage.accumulate * ranks.world_size for item in stage.data]
+        added = range(len(state.groups), len(stage.data))
+        state.groups += [stage.samples_of_step(item, ranks.world_size) for item in added]
         clips = [_clips(run, state, index) for index in range(len(stage.data))]
         validation = _Validation(run, state, engine)
         run.telemetry.progress.message(

@@ -118,9 +118,10 @@ class StageTrainer:
         self.loaders: dict[int, Iterator[PackedBatch]] = {}
         self.decoder = build_decoder(config.data, ranks.device)
         self.transfer = Transfer(ranks.device)
-        # Of a checkpoint that does not hold the positions yet, and of data that was added since.
-        known = range(len(state.positions), len(datasets))
-        state.positions += [self.mixture.position(item, state.step) * self._samples(item) for item in known]
+        if not state.positions:  # at the start of a stage, or in a checkpoint that does not hold them yet
+            taken = [self.mixture.position(item, state.step) for item in range(len(datasets))]
+            state.positions = [steps * self._samples(item) for item, steps in enumerate(taken)]
+        state.positions += [0] * (len(datasets) - len(state.positions))  # of data that was added since
         self.graphs: GraphedSteps | None = None
         if config.model.cuda_graphs:
             self.graphs = GraphedSteps(engine, self._terms_of_inputs, CudaCapture(), engine.module.constant_tables)
@@ -165,8 +166,7 @@ class StageTrainer:
             self.telemetry.bad_data.write(self.bad_records.take_new())
 
     def _samples(self, item: int) -> int:
-        """Samples of a step, over all ranks."""
-        return self.stage.data[item].batch_size * self.stage.accumulate * self.ranks.world_size
+        return self.stage.samples_of_step(item, self.ranks.world_size)
 
     def _next_batches(self) -> list[PackedBatch]:
         """The micro-batches of this step, all before the first forward: their objects are counted for the
@@ -186,15 +186,13 @@ class StageTrainer:
                 bad_records=self.bad_records,
                 decoder=self.decoder,
             )
-        batches = [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
-        self.transfer.start(batches[0])  # at once: the device may still be busy with the step before
-        return batches
+        return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
 
     def _step(self, batches: list[PackedBatch]) -> None:
         state, device = self.state, self.ranks.device
+        self.transfer.start(batches[0])  # at once: the device may still be busy with the step before
         # One plan for all micro-steps and ranks: graphs of different shape would deadlock sharded training, and N
-        # micro-steps
-        # then are one batch N times as large.
+        # micro-steps then are one batch N times as large.
         plan = draw_plan(
             self.stage.prompts,
             batches[0].num_frames,

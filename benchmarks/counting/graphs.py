@@ -19,6 +19,8 @@ from torch.utils import _foreach_utils
 from sam2fast import trainer
 from sam2fast.checkpoint import RunState
 from sam2fast.config import Config
+from sam2fast.data.bad_records import BadRecords
+from sam2fast.data.sample import Batch, PackedBatch
 from sam2fast.optim import build_groups
 from sam2fast.parallel import GraphedSteps, Ranks
 from sam2fast.parallel.ddp import TorchEngine
@@ -30,7 +32,8 @@ from .steps import PLANS, Setup, fake_batch, fake_model
 
 RANKS = 8
 PLACES = ("inputs_replay_terms", "all_reduce", "clip_and_update", "meters", "other")
-"""Where the host launches something; other is the number of objects that losses are divided by."""
+"""Where the host launches something; other is the batch on its way (copies, masks unpacked from bits) and the number of
+objects that losses are divided by."""
 
 
 def count_host_launches(setup: Setup) -> dict[str, int]:
@@ -51,10 +54,10 @@ def count_host_launches(setup: Setup) -> dict[str, int]:
             stack.enter_context(context)
         stack.enter_context(mock.patch.object(GraphedSteps, "_accumulate", results))
         changes = {"GraphedSteps": partial(GraphedSteps, record_at=1), "draw_plan": lambda *_: plan}
-        changes["CudaCapture"] = partial(_Capture, counter, tracker)
+        changes |= {"CudaCapture": partial(_Capture, counter, tracker), "Transfer": _Transfer}
         stack.enter_context(mock.patch.multiple(trainer, **changes))
         stage = _trainer(setup, plan.num_frames)
-        batch = fake_batch(plan.num_frames, objects, setup.side, "cpu")
+        batch = _packed(fake_batch(plan.num_frames, objects, setup.side, "cpu"))
         for owner, name, place in (
             (stage.graphs, "run", PLACES[0]),
             (stage.engine, "finish_gradients", PLACES[1]),
@@ -70,6 +73,25 @@ def count_host_launches(setup: Setup) -> dict[str, int]:
     for (_, (place, _)), tally in counter.tallies.items():
         host[place] += tally.launches
     return host
+
+
+def _packed(batch: Batch) -> PackedBatch:
+    width = batch.masks.shape[-1]
+    bits = torch.empty(*batch.masks.shape[:-1], -(-width // 8), dtype=torch.uint8)
+    return PackedBatch(batch.frames, bits, width, batch.object_to_clip, batch.sample_ids)
+
+
+class _Transfer:
+    """The stream of `transfer.Transfer` needs a device; its copies are these."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def start(self, batch: PackedBatch) -> None:
+        self._batch = batch.copied(self._device)
+
+    def take(self) -> Batch:
+        return self._batch.to(self._device)
 
 
 class _Capture:
@@ -101,8 +123,8 @@ def _trainer(setup: Setup, frames: int) -> trainer.StageTrainer:
     )
     optim, ranks = config.stages[0].optim, Ranks(0, RANKS, 0, torch.device("cuda"))
     engine = TorchEngine(optim, ranks, model, build_groups(model, optim), config.precision)
-    telemetry = trainer.Telemetry(Meters(), None, None, dict, print)
-    return trainer.StageTrainer(config, RunState(), engine, [], ranks, None, telemetry, dict)
+    telemetry = trainer.Telemetry(Meters(), None, None, None, dict, print)
+    return trainer.StageTrainer(config, RunState(), engine, [], ranks, None, telemetry, dict, BadRecords({}, 0))
 
 
 @contextmanager

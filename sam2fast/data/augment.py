@@ -32,7 +32,7 @@ GRAY = np.array([0.299, 0.587, 0.114])
 """Luma of RGB (ITU-R BT.601), as in torchvision's color transforms."""
 _UNCHANGED = np.eye(3, 4, dtype=np.float32)
 _FILL = torch.tensor(FILL, dtype=torch.uint8)
-_PREFILTER_BELOW, _MASK_PREFILTER_BELOW = 0.75, 0.25
+PREFILTER_BELOW, MASK_PREFILTER_BELOW = 0.75, 0.25
 """Target pixels per source pixel."""
 _BLUR_SIGMA = (0.1, 2.0)
 """Range of the blur's standard deviation in pixels of a 1024-pixel input; it scales with the input."""
@@ -96,7 +96,7 @@ class Geometry:
             for place, flip in zip(self._cells(), self.mosaic.flips, strict=True):
                 out[:, *place] = cell[..., ::-1] if flip else cell
             return out
-        part, sampling = self._prepare(image, _PREFILTER_BELOW if self.matrix is not None else 1.0)
+        part, sampling = self._prepare(image, PREFILTER_BELOW if self.matrix is not None else 1.0)
         warp_image(*map(torch.from_numpy, (out, part, sampling, colors)), _FILL)
         return out
 
@@ -124,7 +124,7 @@ class Geometry:
         for bit, mask in enumerate(masks):
             if mask is None:
                 continue
-            part, sampling = self._prepare(np.ascontiguousarray(mask).view(np.uint8), _MASK_PREFILTER_BELOW)
+            part, sampling = self._prepare(np.ascontiguousarray(mask).view(np.uint8), MASK_PREFILTER_BELOW)
             code = part * np.uint8(1 << bit)  # numpy shifts bytes one at a time
             codes = code if codes is None else np.bitwise_or(codes, code, out=codes)
         if codes is None:

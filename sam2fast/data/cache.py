@@ -26,7 +26,10 @@ def cached(source: Path, kind: str, build: Callable[[], Arrays]) -> Arrays:
     Args:
         kind: what is computed; part of the file's name, `SOURCE.kind.npz`.
     """
-    places, stamp = places_beside(source, kind), stamp_of([source])
+    try:
+        places, stamp = places_beside(source, kind), stamp_of([source])
+    except OSError:
+        return build()  # which says what is wrong with the file
     arrays = load(places, stamp)
     if arrays is None:
         arrays = build()

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from .augment import FILL, Geometry, color_mix
+from .augment import FILL, PREFILTER_BELOW, Geometry, color_mix
 from .render import SamplePlan, render_masks
 from .sample import PackedBatch, Sample, collate
 
@@ -28,7 +28,7 @@ Parameters = dict[str, np.ndarray]
 
 _FRAME_INPUTS = ("color", "pivot", "base")
 _MOSAIC_INPUTS = ("flip0", "flip1", "flip2", "flip3")
-_SMOOTH_BELOW = 0.75
+_SMOOTH_BELOW = PREFILTER_BELOW
 """Shrinking to under this uses a Gaussian filter, else a triangular one: whichever is closer to area averaging."""
 _TRIANGULAR, _GAUSSIAN = 1, 5
 """Values of nvidia.dali.types.DALIInterpType: INTERP_LINEAR (antialiased where it shrinks) and INTERP_GAUSSIAN."""

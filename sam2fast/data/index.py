@@ -18,13 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 from ..config import DatasetConfig, MixItem
 from .cache import load, store, user_cache
 from .sample import DataError, Dataset, VideoRecord
+from .workers import start_fork_server, start_worker
 
 _VERSION = 1
 """Of what is counted and how it is stored."""
@@ -126,7 +126,7 @@ def object_counts(
     return counts
 
 
-def _count_all(dataset: Dataset, item: MixItem, report: Callable[[str], None]) -> list[bytes | np.ndarray]:
+def _count_all(dataset: Dataset, item: MixItem, report: Callable[[str], None]) -> list[np.ndarray]:
     limits, total = (item.min_area, item.max_area), len(dataset)
     found: list[np.ndarray] = []
     deadline = time.monotonic() + _PATIENCE
@@ -138,9 +138,8 @@ def _count_all(dataset: Dataset, item: MixItem, report: Callable[[str], None]) -
     report(f"dataset {item.dataset!r}: counting the objects of {total} videos or images with {workers} processes, once")
     size = min(32, -(-(total - len(found)) // (4 * workers)))
     chunks = [range(start, min(start + size, total)) for start in range(len(found), total, size)]
-    # not forked from this process, which may hold a CUDA context and threads with locks
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(dataset, limits)) as pool:
         for part in pool.map(_count_chunk, chunks):
             found.extend(part)
@@ -149,7 +148,7 @@ def _count_all(dataset: Dataset, item: MixItem, report: Callable[[str], None]) -
 
 def _start(dataset: Dataset, limits: tuple[float, float]) -> None:
     global _work
-    cv2.setNumThreads(0)  # the processes are the parallelism
+    start_worker()
     _work = (dataset, limits)
 
 

@@ -6,21 +6,13 @@ of samples that it has taken, with any number of workers and ranks.
 
 from __future__ import annotations
 
-import multiprocessing.connection
-import multiprocessing.forkserver
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import torch
-
-import sam2fast_kernels
 
 from .bad_records import BadRecord, BadRecords, RecordGuard
 from .dali_plan import EncodedBatch, assemble
@@ -28,6 +20,7 @@ from .in_flight import InFlight
 from .render import SamplePlan, render
 from .sample import DataError, PackedBatch, Sample, collate
 from .sampling import ClipDataset
+from .workers import is_of_dead_worker, start_fork_server, start_worker
 
 if TYPE_CHECKING:
     from .dali import DaliDecoder
@@ -167,44 +160,6 @@ class _Batches:
             raise DataError(f"{error}. Some could not be used, the last one: {self._guard.last}") from None
 
 
-def start_fork_server() -> None:
-    """Begin to start what worker processes are forked from, which imports for some seconds; again does nothing.
-
-    Workers are forked from a process of their own, which has imported what they need and shares it with them; this
-    one may hold a CUDA context and threads with locks.
-
-    That process must import the packages from where this one did, also from a bare checkout beside an installed
-    version. It takes its path from the environment alone, and imports a main module only from Python 3.13 on.
-    """
-    modules = [__name__]
-    if Path(sam2fast_kernels.__file__).parent.name == "kernels":
-        modules.insert(0, f"{__name__.partition('.')[0]}.train")  # makes both packages of a checkout importable
-    multiprocessing.set_forkserver_preload(modules)
-    before = os.environ.get("PYTHONPATH")
-    root = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-def start_worker(worker: int) -> None:
-    """Set up a process that decodes, and end it with the one that started it."""
-    cv2.setNumThreads(0)  # the processes are the parallelism
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-
-
-def _end_with_trainer() -> None:
-    """End this process when the trainer is gone. The watchdog of torch looks at the parent process, which is the fork
-    server, and that lives on as long as its workers do."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
 def _checked(
     loaded: Iterator[_Loaded], dataset: str, bad_records: BadRecords, in_flight: InFlight | None
 ) -> Iterator[PackedBatch]:
@@ -213,7 +168,7 @@ def _checked(
             try:
                 found = next(loaded)
             except (RuntimeError, OSError, EOFError) as error:
-                if in_flight and _is_of_dead_worker(error):
+                if in_flight and is_of_dead_worker(error):
                     raise DataError(_of_dead_worker(error, dataset, in_flight)) from None
                 raise
             bad_records.add(found.bad)
@@ -228,10 +183,3 @@ def _of_dead_worker(error: Exception, dataset: str, in_flight: InFlight) -> str:
     loading = [f"sample {number} of dataset {dataset!r}, {name!r}" for number, name in in_flight.of_dead()]
     what = f"while it loaded {' and '.join(loading)}" if loading else "between two samples"
     return _DEAD_WORKER.format(what, (str(error) or type(error).__name__).splitlines()[0])
-
-
-def _is_of_dead_worker(error: Exception) -> bool:
-    """A worker that died shows as a RuntimeError of the DataLoader or, where its last batch was on the way, as a broken
-    connection; an error that a living worker reports starts with "Caught"."""
-    text = str(error)
-    return not text.startswith("Caught") and (type(error) is not RuntimeError or "DataLoader worker" in text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,15 +15,11 @@ import numpy as np
 from sam2fast_kernels import rle
 from sam2fast_kernels.rle import RunLengths
 
+from .augment import MASK_PREFILTER_BELOW, Geometry
 from .defects import tolerated
 from .sample import DataError, SizeMismatch
 
-if TYPE_CHECKING:
-    from .augment import Geometry
-
 Size = tuple[int, int]
-_AREA_BELOW = 0.25
-"""`Geometry.masks` averages areas along axes that shrink to under this share."""
 _BROKEN = "fix the annotation, or name the video or image in the dataset's `exclude`"
 
 
@@ -223,7 +219,7 @@ def _size_and_counts(annotation: Any, source: str) -> tuple[Size, Any]:
 def _is_linear(geometry: Geometry) -> bool:
     """Whether masks are cropped and resized by linear interpolation alone."""
     return geometry.matrix is None and all(
-        to.stop - to.start >= _AREA_BELOW * (used.stop - used.start)
+        to.stop - to.start >= MASK_PREFILTER_BELOW * (used.stop - used.start)
         for used, to in zip(geometry.source, geometry.target, strict=True)
     )
 

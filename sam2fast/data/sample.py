@@ -55,14 +55,6 @@ class VideoRecord(Protocol):
         ...
 
 
-class EncodedRecord(VideoRecord, Protocol):
-    """A record whose frames are image files."""
-
-    def encoded(self, indices: Sequence[int]) -> list[bytes]:
-        """The files of frames, JPEG or PNG, checked as far as that is possible without decoding."""
-        ...
-
-
 class Dataset(Protocol):
     """A sequence of records."""
 

@@ -76,7 +76,9 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         self._dataset, self._item, self._augment, self._image_size = dataset, item, augment, image_size
         self._counts = counts
         first_frames = None if counts is None else counts.first_frames(item)
-        self._order = SampleOrder(len(dataset), seed, group, repeat_factors(dataset, item), first_frames)
+        factors = repeat_factors(dataset, item)
+        self._used = np.arange(len(dataset)) if factors is None else np.flatnonzero(factors)
+        self._order = SampleOrder(len(dataset), seed, group, factors, first_frames)
 
     def __len__(self) -> int:
         """Records; an epoch has as many samples, but for repeats."""
@@ -118,7 +120,7 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
                 plan = plan_sample(record, self._item, self._augment, self._image_size, rng, wanted)
                 if plan is not None:
                     return use(plan)
-            index = int(rng.integers(len(self)))
+            index = int(self._used[rng.integers(len(self._used))])
         item = self._item
         raise DataError(
             f"dataset {item.dataset!r}: {_MAX_DRAWS} draws, the last {self._dataset[index].name!r}, found no object of "

@@ -93,7 +93,10 @@ def _plain_plans(
     shown = sorted({0, item.frames // 2, item.frames - 1})
     found = 0
     for index in rng.permutation(len(dataset)):
-        plan = plan_sample(dataset[int(index)], item, _OFF, image_size, rng)
+        record = dataset[int(index)]
+        if len(record.annotated) <= (item.frames - 1) * item.stride[0]:
+            continue
+        plan = plan_sample(record, item, _OFF, image_size, rng)
         if plan is not None:
             frames, hidden = ([values[n] for n in shown] for values in (plan.frames, plan.hidden))
             yield replace(plan, frames=frames, hidden=hidden, colors=plan.colors[shown])
@@ -102,8 +105,8 @@ def _plain_plans(
             return
     if not found:
         raise DataError(
-            f"none of the {len(dataset)} videos of dataset {dataset.name!r} shows an object of at most "
-            f"{item.max_area:g} of the frame; check the masks"
+            f"none of the {len(dataset)} videos of dataset {dataset.name!r} has {item.frames} annotated frames and "
+            f"shows an object of at most {item.max_area:g} of the frame; check the masks, or lower `frames`"
         )
 
 

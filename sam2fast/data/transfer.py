@@ -11,8 +11,8 @@ class Transfer:
     """A place for one batch on its way to `device`.
 
     On a GPU the copy runs on a stream of its own, so it does not queue behind the step that is being computed; from
-    pinned memory the host does not wait for it either. At most two batches are on the device: the one in use and the
-    one under way.
+    pinned memory the host does not wait for it either. At most two batches are on the device, the one in use and the
+    one under way, besides frames that DALI decodes there (`data.dali_prefetch`, and all micro-batches of a step).
     """
 
     def __init__(self, device: torch.device):

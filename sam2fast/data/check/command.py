@@ -18,8 +18,8 @@ from ...config import DatasetConfig
 from ..defects import collecting
 from ..files import list_files
 from ..formats import open_dataset, resolve
-from ..loaders import start_worker
 from ..sample import Dataset
+from ..workers import is_of_dead_worker, start_fork_server, start_worker
 from .item import Inspector, ItemReport
 from .sheet import COLUMNS, ROWS, write_sheet
 from .summary import Summary, defect_lines
@@ -80,12 +80,13 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
                 candidates[report.index] = report.is_sound and any(report.objects)
     except KeyboardInterrupt:
         stopped, code = f"interrupted: what was found in {summary.checked:,} of {len(order):,}", INTERRUPTED
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not is_of_dead_worker(error):
             raise
         code = DEFECTS
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         stopped = (
-            f"a checking process died ({str(error).splitlines()[0]}): what was found in {summary.checked:,} of "
+            f"a checking process died ({reason}): what was found in {summary.checked:,} of "
             f"{len(order):,}; memory may have run out: use fewer --workers, with 1 the cause shows itself"
         )
     sheet = "" if stopped else _sheet(dataset, [index for index, sound in candidates.items() if sound], summary, out)
@@ -98,11 +99,10 @@ def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summa
     options = {}
     workers = min(workers, len(indices))
     if workers > 1:
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
+        start_fork_server()
         options = {
             "num_workers": workers,
-            "multiprocessing_context": context,
+            "multiprocessing_context": "forkserver",
             "worker_init_fn": start_worker,
             "prefetch_factor": 4,
         }
