@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     result = compare(case, shapes, providers, modes, device, args.repeats)
     name = device_name(device) + ("" if device.type == "cuda" else f", {torch.get_num_threads()} threads")
     print_table(result, name)
+    for remark in case.remarks({(row.shape, row.mode, row.provider): row.ms for row in result.rows}):
+        print(remark)
     if result.rows and not args.no_save:
         append_csv(result, device)
     sys.stdout.flush()

@@ -28,12 +28,16 @@ class ResumeError(UserError):
 
 @dataclass
 class RunState:
-    """What continues besides weights and optimizer. Data order and randomness are functions of (seed, stage, step)."""
+    """What continues besides weights and optimizer. The order of samples is a function of (seed, stage), all other
+    randomness one of (seed, stage, step)."""
 
     stage: int = 0
     """Index of the stage that is being trained."""
     step: int = 0
     """Optimizer steps done in that stage."""
+    positions: list[int] = field(default_factory=list)
+    """Samples taken from each entry of the stage's `data` by all ranks: another number of ranks, or another batch size,
+    continues with the sample after them. Empty before the first step."""
     global_step: int = 0
     bad_steps: int = 0
     """Steps skipped so far because a loss or gradient was not finite."""
@@ -41,6 +45,9 @@ class RunState:
     seconds: float = 0.0
     """Wall time spent before this state, over all resumes."""
     guards: dict[str, Any] = field(default_factory=dict)
+    groups: list[int] = field(default_factory=list)
+    """Samples of each dataset of the current stage in one optimizer step, as the stage began. The order of balanced
+    samples depends on it, so it stays when the stage goes on with more or fewer."""
     stopped: str = ""
     """Why the current stage ended before its last step; empty while it goes on."""
 

@@ -14,35 +14,104 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code (2 for a user's mistake)."""
-    parser = argparse.ArgumentParser(prog="sam2fast", description="Train and evaluate SAM 2.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser(
-        "train", help="train in this process (use deepspeed or torchrun on sam2fast/train.py for several)"
-    )
-    sub.add_argument("--config", required=True)
-    sub.add_argument("overrides", nargs="*", metavar="key=value")
-    sub = commands.add_parser("evaluate", help="score a checkpoint on the validation sets of a config")
-    sub.add_argument("--config", required=True)
-    sub.add_argument("--checkpoint", required=True, help="official SAM 2 checkpoint, for example RUN/export/model.pt")
-    sub.add_argument("overrides", nargs="*", metavar="key=value")
-    sub = commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
-    sub = commands.add_parser(
-        "quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU"
-    )
-    sub.add_argument("--folder", default="runs", help="where data and the run go")
+    parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "synthesize":
         from .data.synthetic import main as synthesize
 
         return synthesize(rest)
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
-    if len(overrides) < len(rest) or (overrides and args.command == "quickstart"):
+    if len(overrides) < len(rest) or (overrides and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    overrides = [*getattr(args, "overrides", ()), *overrides]
     if args.command == "train":
-        return train(args.config, [*args.overrides, *overrides])
+        return train(args.config, overrides)
     if args.command == "evaluate":
-        return evaluate(args.config, args.checkpoint, [*args.overrides, *overrides])
+        return evaluate(args.config, args.checkpoint, overrides)
+    if args.command == "check-data":
+        return check_data(args)
+    if args.command == "augmentations":
+        return augmentations(args, overrides)
     return quickstart(Path(args.folder))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sam2fast", description="Train and evaluate SAM 2.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser(
+        "train", help="train in this process (use deepspeed or torchrun on sam2fast/train.py for several)"
+    )
+    sub.add_argument("--config", required=True)
+    _add_overrides(sub)
+    sub = commands.add_parser("evaluate", help="score a checkpoint on the validation sets of a config")
+    sub.add_argument("--config", required=True)
+    sub.add_argument("--checkpoint", required=True, help="official SAM 2 checkpoint, for example RUN/export/model.pt")
+    _add_overrides(sub)
+    _add_check_data(commands.add_parser("check-data", help="say what a dataset holds and everything wrong with it"))
+    _add_augmentations(commands.add_parser("augmentations", help="draw samples before and after each augmentation"))
+    commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
+    sub = commands.add_parser(
+        "quickstart", help="synthetic data, three stages, validation and export in minutes on a CPU"
+    )
+    sub.add_argument("--folder", default="runs", help="where data and the run go")
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="folder of the dataset")
+    parser.add_argument("--format", default="auto", choices=("auto", "video_folder", "sav", "sa1b", "coco"))
+    parser.add_argument("--annotations", help="folder or COCO json of the annotations, where they lie elsewhere")
+    parser.add_argument("--limit", type=int, metavar="N", help="check a random sample of N videos or images")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for report and sheet (runs/check-data/NAME)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; all cores if not given")
+
+
+def _add_augmentations(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="take the dataset and the augmentations of a stage of this config")
+    source.add_argument("--data", help="take this dataset, and all augmentations there are")
+    parser.add_argument("--stage", help="name of the stage of the config; default: the first")
+    parser.add_argument("--out", required=True, help="PNG to write")
+    parser.add_argument("--clips", type=int, default=3, help="clips side by side (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_overrides(parser)
+
+
+def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Draw the sheet of augmentations; returns the exit code."""
+
+    def body() -> None:
+        from .config import ConfigError, DatasetConfig, MixItem, nearest
+        from .config_file import load_config
+        from .data import sheet
+        from .data.formats import open_dataset
+
+        if args.clips < 1:
+            raise ConfigError(f"--clips must be at least 1, not {args.clips}")
+        if args.data:
+            if overrides or args.stage:
+                raise ConfigError("key=value and --stage change a config; give --config in place of --data")
+            dataset = open_dataset(DatasetConfig(root=args.data), "data", args.seed)
+            longest = max(len(dataset[index].annotated) for index in range(min(args.clips, len(dataset))))
+            item, augment = MixItem(dataset="data", frames=min(8, longest), reverse=0.5), sheet.EVERYTHING
+            size = 1024
+        else:
+            config = load_config(args.config, overrides)
+            stages = {stage.name: stage for stage in config.stages}
+            name = args.stage or config.stages[0].name
+            if name not in stages:
+                raise ConfigError(f"--stage: the config has no stage {name!r}{nearest(name, stages)}")
+            item, augment = stages[name].data[0], stages[name].augment
+            dataset = open_dataset(config.data.datasets[item.dataset], item.dataset, config.seed)
+            size = config.model.image_size
+        sheet.write_sheet(args.out, sheet.draw_sheet(dataset, item, augment, size, args.seed, args.clips))
+        print(f"wrote {args.out}: rows are augmentations, columns the frames of {min(args.clips, len(dataset))} clips")
+
+    return _guarded(body)
 
 
 def train(config_path: str, overrides: list[str], local_rank: int | None = None) -> int:
@@ -72,6 +141,18 @@ def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
         for name, value in evaluate_checkpoint(config, checkpoint, ranks).items():
             if ranks.main:
                 print(f"{name:32} {value:.4g}")
+
+    return _guarded(body)
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """Check a dataset; returns the exit code, 1 where it has defects."""
+
+    def body() -> int:
+        from .data.check import check_data, dataset_config
+
+        config = dataset_config(args.path, args.format, args.annotations)
+        return check_data(config, args.out, args.limit, args.workers or os.cpu_count() or 1)
 
     return _guarded(body)
 
@@ -109,8 +190,8 @@ QUICKSTART_DATA = (("images", "sa1b", 300, 1), ("videos", "sav", 60, 2), ("held_
 """Folder, format, number of images or clips, and seed."""
 
 
-def _guarded(body: Callable[[], None]) -> int:
-    """Run `body`; a user's mistake is one line on stderr and exit code 2, never a traceback."""
+def _guarded(body: Callable[[], int | None]) -> int:
+    """Run `body` for its exit code; a user's mistake is one line on stderr and exit code 2, never a traceback."""
     from torch import OutOfMemoryError
 
     from .config import UserError
@@ -123,8 +204,7 @@ def _guarded(body: Callable[[], None]) -> int:
         print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
     try:
-        body()
-        code = 0
+        code = body() or 0
     except UserError as error:
         say(f"error: {error}")
         code = 2

@@ -135,6 +135,9 @@ class AugmentConfig(Section):
     frame_saturation: NonNegative = 0.0
     grayscale: Probability = 0.0
     blur: Probability = 0.1
+    mosaic: Probability = 0.0
+    """Four cells show the same frame, and the objects are annotated in one of them (0.1 in the paper's second version,
+    off in the official config)."""
 
     @field_validator("scale")
     @classmethod
@@ -151,7 +154,8 @@ class MixItem(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the steps that use this dataset."""
     frames: Positive = 1
-    """Frames a clip; 1 trains on single images (no memory)."""
+    """Frames a clip; 1 trains on single images (no memory). It shapes the graph, so it is one number for a step on all
+    ranks; for clips of several lengths list the dataset once for each."""
     batch_size: Positive = 1
     """Images or clips per rank and micro-step."""
     max_objects: Positive = 3
@@ -159,9 +163,21 @@ class MixItem(Section):
     """Smallest and largest step between neighbouring annotated frames of a clip."""
     reverse: Probability = 0.0
     """Probability of playing a clip backwards."""
+    visible: Literal["first", "window"] = "first"
+    """first: the objects visible in the first frame of a clip are followed, as official. window: those visible in any
+    of its frames; an object that the first frame lacks is prompted there as absent (see docs/data.md)."""
+    min_area: NonNegative = 0.0
+    """Objects under this are not taken: below 1 a share of the frame, from 1 on pixels of the annotation."""
     max_area: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Objects over this share of the frame are not taken (0.9 for SA-1B in the paper)."""
     occlusion: OcclusionConfig = OcclusionConfig()
+    repeat: Annotated[float, Field(gt=0)] = 1.0
+    """How often a video or image comes in an epoch; the part after the point by a draw per epoch."""
+    repeat_names: dict[str, NonNegative] = {}
+    """Glob patterns of video or image names to a `repeat` of their own; the first that matches counts."""
+    balance: bool = False
+    """Give all clips of a step about the same number of objects, so that no rank waits for another. The objects of
+    the whole dataset are counted once for it, and the counts kept."""
 
     @field_validator("stride")
     @classmethod
@@ -169,6 +185,12 @@ class MixItem(Section):
         if value[0] > value[1]:
             raise ValueError("must be [smallest, largest]")
         return value
+
+    @model_validator(mode="after")
+    def _some_area(self) -> MixItem:
+        if self.max_area <= self.min_area < 1:
+            raise ValueError(f"min_area {self.min_area:g} must be below max_area {self.max_area:g}")
+        return self
 
 
 class PromptMix(Section):
@@ -341,6 +363,18 @@ class DataConfig(Section):
     """Shorthand: interpolate it in the datasets as ${data.root}."""
     workers: Annotated[int, Field(ge=0, le=128)] = 2
     """Loader processes of each rank, for each dataset that the stage reads."""
+    backend: Literal["auto", "opencv", "dali"] = "opencv"
+    """What decodes and augments frames: opencv in the loader processes, or NVIDIA DALI, on the device. Both give the
+    same samples in the same order. auto is DALI on a GPU where it is installed; not the default, since DALI's decoders
+    on a GPU have not been run yet."""
+    dali_prefetch: Positive = 2
+    """Batches that DALI works on while another one is trained on; each takes memory on the device."""
+    prefetch: Positive = 2
+    """Batches that each loader process prepares ahead (more where `accumulate` takes more in one step). They wait in
+    memory of the host: `workers` x `prefetch` for each dataset and rank."""
+    max_bad_share: Probability = 0.01
+    """Videos or images that cannot be used (damaged files, too few frames for a clip) are replaced, counted and listed
+    in the run folder. More than this share of a dataset stops the run; 0 stops it at the first."""
     datasets: dict[str, DatasetConfig]
 
 

@@ -7,6 +7,7 @@ The run folder:
     checkpoints/      the state of the stage being trained, the last `checkpoint.keep` of them
     stages/           weights at the end of each stage (official layout)
     export/           model.pt (official layout) and encoder.pt, decoder.pt, memory.pt
+    bad_data.jsonl    videos and images that could not be used, if there are any
     log.jsonl, tensorboard/, curves/, overlays/
 """
 
@@ -22,7 +23,11 @@ from sam2fast_kernels import library
 
 from .checkpoint import CheckpointStore, RunState, save_state, write_folder
 from .config import Config, ConfigError, ModelConfig, StageConfig
+from .data.bad_records import BadRecords
+from .data.dali import choose_backend
 from .data.formats import open_dataset
+from .data.index import object_counts
+from .data.loaders import start_fork_server
 from .data.sample import Dataset
 from .data.sampling import ClipDataset
 from .evaluation.guards import Guard
@@ -37,6 +42,7 @@ from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
+from .telemetry.bad_data import BadDataLog
 from .telemetry.gpu import GpuStats
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
@@ -55,6 +61,7 @@ class _Run:
     store: CheckpointStore
     datasets: dict[str, Dataset]
     telemetry: Telemetry
+    bad_records: BadRecords
 
 
 def run(config: Config, ranks: Ranks) -> Path:
@@ -64,12 +71,16 @@ def run(config: Config, ranks: Ranks) -> Path:
     """
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
+    choose_backend(config.data.backend, ranks.device)  # a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
     state, checkpoint = ranks.broadcast(ranks.agree(lambda: folder.find_state(store) if ranks.main else None))
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
+    if config.data.workers:
+        start_fork_server()  # now, for it takes as long as building the model
     datasets = ranks.agree(lambda: _open_datasets(config))
+    bad_records = BadRecords({name: len(dataset) for name, dataset in datasets.items()}, config.data.max_bad_share)
     total = sum(stage.steps for stage in config.stages)
     log = RunLog(folder.path, enabled=ranks.main, resume_step=state.global_step)
     progress = Progress(total, state.global_step, enabled=ranks.main)
@@ -77,10 +88,11 @@ def run(config: Config, ranks: Ranks) -> Path:
         progress.message(f"the run in {folder.path} is finished; set another output_dir to train again")
     elif state.global_step:
         progress.message(f"continuing at step {state.global_step} of {total} in {folder.path}")
-    telemetry = Telemetry(Meters(), log, progress, GpuStats(ranks.device), progress.message)
+    bad_data = BadDataLog(folder.path, enabled=ranks.main, resuming=state.global_step > 0)
+    telemetry = Telemetry(Meters(), log, bad_data, progress, GpuStats(ranks.device), progress.message)
     try:
         while state.stage < len(config.stages):
-            _train_stage(_Run(config, ranks, folder, store, datasets, telemetry), state, checkpoint)
+            _train_stage(_Run(config, ranks, folder, store, datasets, telemetry, bad_records), state, checkpoint)
             checkpoint = None
     finally:
         progress.close()
@@ -178,16 +190,17 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     try:
         if checkpoint is not None:
             run.store.load(engine, checkpoint)
-        clips = []
-        for index, item in enumerate(stage.data):
-            seed = [config.seed, state.stage, index]
-            clips.append(ClipDataset(run.datasets[item.dataset], item, stage.augment, config.model.image_size, seed))
+        state.groups = state.groups or [item.batch_size * stage.accumulate * ranks.world_size for item in stage.data]
+        clips = [_clips(run, state, index) for index in range(len(stage.data))]
         validation = _Validation(run, state, engine)
         run.telemetry.progress.message(
             f"stage {stage.name}: {stage.steps} steps, {config.precision}, {ranks.world_size} x {ranks.device.type}, "
             f"{engine.layout['engine']} engine; the first numbers come after {config.log_every} steps"
         )
-        StageTrainer(config, state, engine, clips, ranks, run.store, run.telemetry, validation).train()
+        trainer = StageTrainer(
+            config, state, engine, clips, ranks, run.store, run.telemetry, validation, run.bad_records
+        )
+        trainer.train()
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
         weights = engine.full_state_dict()
@@ -196,9 +209,25 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     folder = run.folder.stage(config, state.stage)
     validation.end_stage()
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
+    state.positions, state.groups = [], []
     if ranks.main:
         write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
     ranks.barrier()
+
+
+def _clips(run: _Run, state: RunState, index: int) -> ClipDataset:
+    """Samples of a dataset of the stage."""
+    config, ranks = run.config, run.ranks
+    stage = config.stages[state.stage]
+    item, group = stage.data[index], state.groups[index]
+    dataset, counts = run.datasets[item.dataset], None
+    if item.balance and group > 1:
+        settings, report = config.data.datasets[item.dataset], run.telemetry.progress.message
+        counts = ranks.broadcast(
+            ranks.agree(lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None)
+        )
+    seed = [config.seed, state.stage, index]
+    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, config.model.image_size, seed, group, counts))
 
 
 class _Validation:

@@ -77,5 +77,5 @@ class RunFolder:
                 f"the run in {self.path} cannot continue with {changes}; undo the change or set another output_dir"
             )
         if changed:
-            print(f"warning: continuing with changed settings ({', '.join(changed)}); a change of datasets, "
-                  "mixture or batch sizes also changes which samples come from here on")  # fmt: skip
+            print(f"warning: continuing with changed settings ({', '.join(changed)}); a change of datasets or "
+                  "mixture also changes which samples come from here on")  # fmt: skip

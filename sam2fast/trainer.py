@@ -15,14 +15,18 @@ from torch import Tensor
 
 from .checkpoint import CheckpointStore, RunState
 from .config import Config, StageConfig, UserError
+from .data.bad_records import BadRecords
+from .data.dali import build_decoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
-from .data.sample import Batch
+from .data.sample import Batch, PackedBatch
 from .data.sampling import ClipDataset
+from .data.transfer import Transfer
 from .losses import SegmentationLoss
 from .models.plan import RolloutPlan, draw_plan
 from .optim import learning_rate
 from .parallel import CudaCapture, Engine, GraphedSteps, Ranks, StepResult
+from .telemetry.bad_data import BadDataLog
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
 from .telemetry.run_log import RunLog
@@ -51,6 +55,7 @@ class Telemetry:
 
     meters: Meters
     log: RunLog
+    bad_data: BadDataLog
     progress: Progress
     gpu: Callable[[], dict[str, float]]
     warn: Callable[[str], None]
@@ -102,14 +107,20 @@ class StageTrainer:
         store: CheckpointStore,
         telemetry: Telemetry,
         validate: Callable[[], dict[str, float]],
+        bad_records: BadRecords,
     ) -> None:
         self.config, self.state, self.engine, self.ranks = config, state, engine, ranks
         self.stage: StageConfig = config.stages[state.stage]
         self.store, self.telemetry, self.validate = store, telemetry, validate
         self.loss = SegmentationLoss(self.stage.loss)
         self.mixture = Mixture(self.stage, config.seed, state.stage)
-        self.datasets = datasets
-        self.loaders: dict[int, Iterator[Batch]] = {}
+        self.datasets, self.bad_records = datasets, bad_records
+        self.loaders: dict[int, Iterator[PackedBatch]] = {}
+        self.decoder = build_decoder(config.data, ranks.device)
+        self.transfer = Transfer(ranks.device)
+        # Of a checkpoint that does not hold the positions yet, and of data that was added since.
+        known = range(len(state.positions), len(datasets))
+        state.positions += [self.mixture.position(item, state.step) * self._samples(item) for item in known]
         self.graphs: GraphedSteps | None = None
         if config.model.cuda_graphs:
             self.graphs = GraphedSteps(engine, self._terms_of_inputs, CudaCapture(), engine.module.constant_tables)
@@ -128,7 +139,9 @@ class StageTrainer:
                 with clock.loading():
                     batches = self._next_batches()
                 self._step(batches)
-                clock.count(len(batches) * batches[0].frames.shape[0] * self.ranks.world_size)
+                item = self.mixture.item(state.step)
+                clock.count(self._samples(item))
+                state.positions[item] += self._samples(item)
                 state.step += 1
                 state.global_step += 1
                 state.seconds = time.monotonic() - started
@@ -137,6 +150,7 @@ class StageTrainer:
                 # Also before a save, so that the means of a resumed run cover the same steps.
                 if ended or saving or state.global_step % config.log_every == 0:
                     self._check_finite()
+                    self._check_records()
                     self._log(clock.values())
                 every = config.validation.every
                 if config.validation.sets and (ended or (every and state.global_step % every == 0)):
@@ -148,25 +162,35 @@ class StageTrainer:
             for loader in self.loaders.values():
                 loader.close()
             self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
+            self.telemetry.bad_data.write(self.bad_records.take_new())
 
-    def _next_batches(self) -> list[Batch]:
+    def _samples(self, item: int) -> int:
+        """Samples of a step, over all ranks."""
+        return self.stage.data[item].batch_size * self.stage.accumulate * self.ranks.world_size
+
+    def _next_batches(self) -> list[PackedBatch]:
         """The micro-batches of this step, all before the first forward: their objects are counted for the
         normalization."""
         item = self.mixture.item(self.state.step)
         if item not in self.loaders:
-            start = self.mixture.position(item, self.state.step) * self.stage.accumulate
             self.loaders[item] = build_loader(
                 self.datasets[item],
                 self.stage.data[item].batch_size,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
-                start=start,
+                start=self.state.positions[item],
                 workers=self.config.data.workers,
                 accumulate=self.stage.accumulate,
+                prefetch=self.config.data.prefetch,
+                pin_memory=self.ranks.device.type == "cuda",
+                bad_records=self.bad_records,
+                decoder=self.decoder,
             )
-        return [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
+        batches = [next(self.loaders[item]) for _ in range(self.stage.accumulate)]
+        self.transfer.start(batches[0])  # at once: the device may still be busy with the step before
+        return batches
 
-    def _step(self, batches: list[Batch]) -> None:
+    def _step(self, batches: list[PackedBatch]) -> None:
         state, device = self.state, self.ranks.device
         # One plan for all micro-steps and ranks: graphs of different shape would deadlock sharded training, and N
         # micro-steps
@@ -180,11 +204,15 @@ class StageTrainer:
         objects = self.ranks.sum(torch.full((), count, device=device))  # a fill: a copy from the host would wait
         normalizer = (objects / self.ranks.world_size).clamp(min=1)
         totals: dict[str, Tensor] = {}
-        for micro, batch in enumerate(batches):
+        for micro, following in enumerate([*batches[1:], None]):
             self._seed(micro)
-            terms = self._micro_step(batch, plan, normalizer, boundary=micro == len(batches) - 1)
+            batch = self.transfer.take()
+            if following is not None:
+                self.transfer.start(following)
+            terms = self._micro_step(batch, plan, normalizer, boundary=following is None)
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
+            del batch  # or it would live through the next forward
         result = self.engine.step(learning_rate(self.stage.optim, state.step, self.stage.steps))
         self._record(result, totals, batches)
 
@@ -196,7 +224,7 @@ class StageTrainer:
                 flags = torch.tensor(plan.click_from_gt)
                 inputs["on_object"] = flags.pin_memory() if self.ranks.device.type == "cuda" else flags
             return self.graphs.run(plan.kind, inputs | {"normalizer": normalizer}, boundary)
-        terms = self._terms(batch.to(self.ranks.device, non_blocking=True), plan, normalizer)
+        terms = self._terms(batch, plan, normalizer)
         self.engine.backward(terms["total"], boundary)
         return {name: value.detach() for name, value in terms.items()}
 
@@ -213,7 +241,7 @@ class StageTrainer:
         key = np.random.SeedSequence([self.config.seed, self.state.stage, self.state.step, micro, self.ranks.rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
-    def _record(self, result: StepResult, terms: dict[str, Tensor], batches: list[Batch]) -> None:
+    def _record(self, result: StepResult, terms: dict[str, Tensor], batches: list[PackedBatch]) -> None:
         ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
         self.telemetry.records.append(StepRecord(self.state.global_step, result.skipped, terms, ids))
         self.telemetry.meters.update({**terms, "grad_norm": result.grad_norm})
@@ -228,6 +256,22 @@ class StageTrainer:
                 self._report_skipped(record)
             else:
                 self.state.bad_streak = 0
+
+    def _check_records(self) -> None:
+        """Share what ranks have met since the last call: every rank counts all, and the first one lists them."""
+        bad_records = self.bad_records
+        before, new = len(bad_records), bad_records.take_new()
+        if not self.ranks.sum(torch.full((), len(new), device=self.ranks.device)).item():
+            return
+        found = [record for records in self.ranks.gather(new) for record in records]
+        if before == len(new):
+            self.telemetry.warn(
+                f"warning: {found[0].name!r} of dataset {found[0].dataset!r} cannot be used and is replaced by another "
+                f"({found[0].reason}); all that this happens to are listed in {self.telemetry.bad_data.path}"
+            )
+        self.telemetry.bad_data.write(found)
+        self.ranks.agree(lambda: bad_records.add(found))
+        bad_records.take_new()  # of the other ranks
 
     def _report_skipped(self, record: StepRecord) -> None:
         """Every rank comes here: the flag is that of the reduced gradient."""
@@ -269,6 +313,7 @@ class StageTrainer:
             **self.telemetry.gpu(),
         }
         values["train/bad_steps"] = float(state.bad_steps)
+        values["data/bad_records"] = float(len(self.bad_records))
         self.telemetry.log.scalars(state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.update(state.global_step, self.stage.name, values)
 

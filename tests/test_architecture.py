@@ -24,7 +24,7 @@ ALLOWED = {
     "compat": set(),
     "config_file": {"config"},
     "data": {"config"},
-    "parallel": {"config"},
+    "parallel": {"config", "performance"},
     "telemetry": {"config"},
     "models": {"config", "performance", "compat", "data.sample"},
     "losses": {"config"},
@@ -39,7 +39,13 @@ ALLOWED["recipe"] = {*ALLOWED, "trainer"}
 ALLOWED["cli"] = {*ALLOWED, "recipe"}
 ALLOWED["train"] = {"cli"}
 
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
+DISTRIBUTIONS = {
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "pynvml": "nvidia-ml-py",
+    "nvidia": "nvidia-dali-cuda130",
+}
 """Import names that differ from the name of the package to install."""
 
 TAKEN = {"accelerate", "datasets", "evaluate", "kernels", "lightning", "training"}

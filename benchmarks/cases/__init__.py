@@ -6,7 +6,16 @@ import importlib
 
 from harness.case import Case
 
-NAMES = ("mask_loss", "click_sampling", "upsample", "memory_attention", "image_step", "step_time")
+NAMES = (
+    "mask_loss",
+    "click_sampling",
+    "upsample",
+    "memory_attention",
+    "rle",
+    "image_step",
+    "step_time",
+    "dataloader",
+)
 
 
 def load(name: str) -> Case:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +63,8 @@ class Case(ABC):
     has_candidates = True
     baseline = "eager"
     providers: dict[str, Provider]
+    measure: Callable[[Run, Any, Sequence[str], torch.device], dict[str, float]] | None = None
+    """Milliseconds of each mode from one pass, where modes are not the passes of `timing.time_once`."""
     tolerance = 1e-4
     """Largest error of an output, relative to the largest value of its reference."""
 
@@ -127,6 +129,10 @@ class Case(ABC):
     def limit_ms(self, inputs: Any, device: str) -> float | None:
         """Computed time of mode `full` on a device of `limits`, if its kernels reached their limits; None: unknown."""
         return None
+
+    def remarks(self, milliseconds: dict[tuple[str, str, str], float]) -> list[str]:
+        """Lines below the table, from the medians by shape, mode and provider."""
+        return []
 
     @abstractmethod
     def ideal_bytes(self, inputs: Any, mode: str) -> int:

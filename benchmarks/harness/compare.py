@@ -133,7 +133,8 @@ def _compare_shape(
     del expected
     if not runs:
         return
-    measure = {name: functools.partial(time_once, case, run, inputs, modes, device) for name, run in runs.items()}
+    timer = case.measure or functools.partial(time_once, case)
+    measure = {name: functools.partial(timer, run, inputs, modes, device) for name, run in runs.items()}
     rounds = interleave(measure, device, repeats)
     baseline = rounds.get(case.baseline)
     for mode in modes:

@@ -94,12 +94,14 @@ def peak_bytes(case: Case, run: Run, inputs: Any, modes: Sequence[str], meter: M
     meter.reset_peak()
     outputs = run(inputs)
     peaks = {"fwd": meter.peak() - before}
-    if set(modes) != {"fwd"}:
+    if not case.differentiable:
+        peaks["full"] = peaks["fwd"]
+    elif set(modes) != {"fwd"}:
         meter.reset_peak()
         gradient = case.backward(inputs, outputs)  # noqa: F841  (alive while the peak is read)
         peaks["bwd"] = meter.peak() - before
         peaks["full"] = max(peaks.values())
-    return {mode: max(meter.resolution, peaks[mode]) for mode in modes}
+    return {mode: max(meter.resolution, peaks[mode]) for mode in modes if mode in peaks}
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,5 +1,4 @@
-// sam2fast::rle_decode on the CPU. The format, and what counts as a fault, are described in kernels/rle/README.md;
-// kernels/rle/reference.py is the ground truth of every branch here.
+// sam2fast::rle_parse, rle_decode and rle_resample on the CPU: checks, tensors and threads around rle.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,135 +7,157 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <span>
 #include <tuple>
 #include <vector>
 
+#include "bands.h"
+#include "rle.h"
+
+namespace sam2fast {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kMaxCharacters = 12;
+constexpr int64_t kMaxSide = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxTarget = 1 << 15;  // the products of weights fit in int64
 
-// The same numbers as Fault in kernels/rle/reference.py.
-enum Fault : int64_t { kNone, kCharacter, kTruncated, kTooLong, kNegative, kBeyond, kShort };
-
-struct Status {
-  Fault fault;
-  int64_t detail;
-};
-
-struct Number {
-  int64_t value;
-  Fault fault;
-};
-
-// Reads one number and moves `text` behind it. 12 characters are 60 bits: value plus a run length fits in int64.
-Number read_number(std::span<const uint8_t>& text) {
-  int64_t value = 0;
-  int shift = 0;
-  unsigned group = 0;
-  do {
-    if (text.empty()) return {0, kTruncated};
-    group = static_cast<unsigned>(text.front()) - 48u;
-    if (group >= 64u) return {0, kCharacter};
-    if (shift == 5 * kMaxCharacters) return {0, kTooLong};
-    value |= static_cast<int64_t>(group & 31u) << shift;
-    shift += 5;
-    text = text.subspan(1);
-  } while (group & 32u);
-  if (group & 16u) value -= int64_t{1} << shift;
-  return {value, kNone};
-}
-
-Status parse(std::span<const uint8_t> text, int64_t area, std::vector<int64_t>& runs) {
-  runs.clear();
-  int64_t total = 0;
-  while (!text.empty()) {
-    const auto index = static_cast<int64_t>(runs.size());
-    auto [value, fault] = read_number(text);
-    if (fault != kNone) return {fault, index};
-    if (index > 2) value += runs[index - 2];
-    if (value < 0) return {kNegative, index};
-    if (value > area - total) return {kBeyond, index};
-    runs.push_back(value);
-    total += value;
-  }
-  return total == area ? Status{kNone, 0} : Status{kShort, total};
-}
-
-// Runs count pixels down the columns; the mask is stored row by row. `runs` cover exactly height * width pixels.
-void fill(const std::vector<int64_t>& runs, int64_t height, int64_t width, uint8_t* mask) {
-  int64_t start = 0;
-  for (size_t i = 0; i < runs.size(); ++i) {
-    const int64_t end = start + runs[i];
-    if (i % 2 == 1) {
-      int64_t row = start % height;
-      uint8_t* column = mask + start / height;
-      for (int64_t left = runs[i]; left > 0;) {
-        const int64_t stop = row + left < height ? row + left : height;
-        left -= stop - row;
-        for (; row < stop; ++row) column[row * width] = 1;
-        row = 0;
-        ++column;
-      }
-    }
-    start = end;
-  }
-}
-
-void check_inputs(const Tensor& counts, const Tensor& offsets, int64_t height, int64_t width) {
+void check_size(const char* name, int64_t height, int64_t width) {
   STD_TORCH_CHECK(
-      counts.scalar_type() == ScalarType::Byte && counts.dim() == 1 && offsets.scalar_type() == ScalarType::Long &&
-          offsets.dim() == 1,
-      "rle_decode: counts must be uint8 [L] and offsets int64 [N + 1]");
-  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(
-      0 < height && height <= limit && 0 < width && width <= limit,
-      "rle_decode: height and width must be 1 to 2^31 - 1, not ", height, " x ", width);
+      0 < height && height <= kMaxSide && 0 < width && width <= kMaxSide,
+      name, ": height and width must be 1 to 2^31 - 1, not ", height, " x ", width);
 }
 
-std::tuple<Tensor, Tensor> rle_decode(Tensor counts, Tensor offsets, int64_t height, int64_t width) {
-  check_inputs(counts, offsets, height, width);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rle_parse(Tensor counts, Tensor offsets, int64_t height, int64_t width) {
+  const bool compressed = counts.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(
+      (compressed || counts.scalar_type() == ScalarType::Long) && counts.dim() == 1 &&
+          offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1,
+      "rle_parse: counts must be uint8 or int64 [L] and offsets int64 [N + 1]");
+  check_size("rle_parse", height, width);
   counts = torch::stable::contiguous(counts);
   offsets = torch::stable::contiguous(offsets);
-  const auto* text = static_cast<const uint8_t*>(counts.const_data_ptr());
   const auto* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
   const int64_t n = offsets.numel() - 1;
   bool rising = n >= 0 && bounds[0] == 0 && bounds[n] == counts.numel();
   for (int64_t i = 0; rising && i < n; ++i) rising = bounds[i] <= bounds[i + 1];
-  STD_TORCH_CHECK(rising, "rle_decode: offsets must rise from 0 to the length of counts");
+  STD_TORCH_CHECK(rising, "rle_parse: offsets must rise from 0 to the length of counts");
 
-  const int64_t area = height * width;
-  Tensor masks = torch::stable::new_empty(counts, {n, height, width}, ScalarType::Bool);
+  const int64_t pixels = height * width;
+  Tensor ends = torch::stable::new_empty(offsets, {counts.numel()});
+  Tensor lengths = torch::stable::new_empty(offsets, {n}), areas = torch::stable::new_empty(offsets, {n});
   Tensor status = torch::stable::new_empty(offsets, {n, 2});
-  auto* mask_data = static_cast<uint8_t*>(masks.mutable_data_ptr());
+  auto* end_data = static_cast<int64_t*>(ends.mutable_data_ptr());
+  auto* length_data = static_cast<int64_t*>(lengths.mutable_data_ptr());
+  auto* area_data = static_cast<int64_t*>(areas.mutable_data_ptr());
   auto* status_data = static_cast<int64_t*>(status.mutable_data_ptr());
+  // On one thread: a mask takes a microsecond.
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t begin = bounds[i], count = bounds[i + 1] - begin;
+    const auto room = static_cast<size_t>(count);
+    const auto found = [&] {
+      if (compressed) {
+        const std::span text(static_cast<const uint8_t*>(counts.const_data_ptr()) + begin, room);
+        return rle::parse(rle::TextReader(text), pixels, end_data + begin);
+      }
+      const std::span list(static_cast<const int64_t*>(counts.const_data_ptr()) + begin, room);
+      return rle::parse(rle::ListReader(list), pixels, end_data + begin);
+    }();
+    std::fill(end_data + begin + found.runs, end_data + begin + count, pixels);
+    length_data[i] = found.runs;
+    area_data[i] = found.area;
+    status_data[2 * i] = found.fault;
+    status_data[2 * i + 1] = found.detail;
+  }
+  return {ends, lengths, areas, status};
+}
 
-  // torch's own thread count: 1 in a data loader's worker, where a forked OpenMP pool would hang.
-  [[maybe_unused]] const int threads = static_cast<int>(torch::stable::get_num_threads());
-#pragma omp parallel num_threads(threads) if (n > 1 && threads > 1)
-  {
-    std::vector<int64_t> runs;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < n; ++i) {
-      uint8_t* mask = mask_data + i * area;
-      std::memset(mask, 0, static_cast<size_t>(area));
-      const std::span<const uint8_t> own(text + bounds[i], static_cast<size_t>(bounds[i + 1] - bounds[i]));
-      const Status found = parse(own, area, runs);
-      if (found.fault == kNone) fill(runs, height, width, mask);
-      status_data[2 * i] = found.fault;
-      status_data[2 * i + 1] = found.detail;
+// The runs of N masks, checked.
+class Runs {
+ public:
+  Runs(const char* name, const Tensor& ends, const Tensor& starts, const Tensor& lengths, int64_t pixels)
+      : ends_(torch::stable::contiguous(ends)),
+        starts_(torch::stable::contiguous(starts)),
+        lengths_(torch::stable::contiguous(lengths)) {
+    bool fits = starts.numel() == lengths.numel();
+    for (const Tensor* tensor : {&ends, &starts, &lengths})
+      fits = fits && tensor->scalar_type() == ScalarType::Long && tensor->dim() == 1;
+    STD_TORCH_CHECK(fits, name, ": ends must be int64 [L], starts and lengths int64 [N]");
+    for (int64_t i = 0; i < count(); ++i) {
+      const int64_t start = value(starts_, i), length = value(lengths_, i);
+      STD_TORCH_CHECK(
+          0 <= start && 0 <= length && length <= ends.numel() && start <= ends.numel() - length,
+          name, ": the runs of mask ", i, " leave the ", ends.numel(), " ends");
+      STD_TORCH_CHECK(rle::is_valid(at(i), pixels), name, ": the ends of mask ", i, " do not rise to the number of its pixels");
     }
   }
-  return {masks, status};
+  int64_t count() const { return starts_.numel(); }
+  std::span<const int64_t> at(int64_t i) const {
+    const auto* ends = static_cast<const int64_t*>(ends_.const_data_ptr());
+    return {ends + value(starts_, i), static_cast<size_t>(value(lengths_, i))};
+  }
+
+ private:
+  static int64_t value(const Tensor& tensor, int64_t i) {
+    return static_cast<const int64_t*>(tensor.const_data_ptr())[i];
+  }
+  Tensor ends_, starts_, lengths_;
+};
+
+// New masks [N, rows, columns], bool or packed; `make` returns the function of a thread that draws mask i on a canvas.
+template <typename Make>
+Tensor draw_all(const Runs& runs, const Tensor& like, int64_t rows, int64_t columns, bool packed, const Make& make) {
+  const int64_t bytes = rows * ((columns + 7) / 8);
+  Tensor masks = torch::stable::new_empty(
+      like, {runs.count(), rows, packed ? (columns + 7) / 8 : columns}, packed ? ScalarType::Byte : ScalarType::Bool);
+  auto* data = static_cast<uint8_t*>(masks.mutable_data_ptr());
+  for_each_index(runs.count(), [&] {
+    return [&, draw = make(), scratch = std::vector<uint8_t>(packed ? 0 : static_cast<size_t>(bytes))](
+               int64_t i) mutable {
+      rle::Canvas canvas(packed ? data + i * bytes : scratch.data(), rows, columns);
+      draw(runs.at(i), canvas);
+      canvas.finish();
+      if (!packed) canvas.expand(data + i * rows * columns);
+    };
+  });
+  return masks;
+}
+
+Tensor rle_decode(Tensor ends, Tensor starts, Tensor lengths, int64_t height, int64_t width, bool packed) {
+  check_size("rle_decode", height, width);
+  const Runs runs("rle_decode", ends, starts, lengths, height * width);
+  return draw_all(runs, ends, height, width, packed, [&] {
+    return [=](std::span<const int64_t> own, rle::Canvas& canvas) { rle::draw(own, height, canvas); };
+  });
+}
+
+Tensor rle_resample(
+    Tensor ends, Tensor starts, Tensor lengths, int64_t height, int64_t width, int64_t top, int64_t bottom,
+    int64_t left, int64_t right, int64_t to_top, int64_t to_bottom, int64_t to_left, int64_t to_right, int64_t side,
+    bool flip, bool packed) {
+  check_size("rle_resample", height, width);
+  STD_TORCH_CHECK(
+      0 <= top && top < bottom && bottom <= height && 0 <= left && left < right && right <= width,
+      "rle_resample: the source must be a part of the mask");
+  STD_TORCH_CHECK(
+      side <= kMaxTarget && 0 <= to_top && to_top < to_bottom && to_bottom <= side && 0 <= to_left &&
+          to_left < to_right && to_right <= side,
+      "rle_resample: the target must be a part of the square, which is at most 2^15 a side");
+  const Runs runs("rle_resample", ends, starts, lengths, height * width);
+  const rle::Axis rows(bottom - top, to_bottom - to_top), columns(right - left, to_right - to_left);
+  const rle::Placement place{top, left, to_top, to_left, side, flip};
+  return draw_all(runs, ends, side, side, packed, [&] {
+    return [resampler = rle::Resampler(height, rows, columns, place)](
+               std::span<const int64_t> own, rle::Canvas& canvas) mutable { resampler.draw(own, canvas); };
+  });
 }
 
 }  // namespace
+}  // namespace sam2fast
 
 STABLE_TORCH_LIBRARY_IMPL(sam2fast, CPU, m) {
-  m.impl("rle_decode.cpp", TORCH_BOX(&rle_decode));
+  m.impl("rle_parse.cpp", TORCH_BOX(&sam2fast::rle_parse));
+  m.impl("rle_decode.cpp", TORCH_BOX(&sam2fast::rle_decode));
+  m.impl("rle_resample.cpp", TORCH_BOX(&sam2fast::rle_resample));
 }

@@ -1,4 +1,5 @@
 #include "dense.h"
+#include "pixels.h"
 #include "rows.h"
 
 namespace sam2fast {
@@ -6,14 +7,17 @@ namespace sam2fast {
 namespace baseline {
 extern const RowLoops kRowLoops;
 extern const DenseLoops kDenseLoops;
+extern const PixelLoops kPixelLoops;
 }
 namespace avx2 {
 extern const RowLoops kRowLoops;
 extern const DenseLoops kDenseLoops;
+extern const PixelLoops kPixelLoops;
 }
 namespace avx512 {
 extern const RowLoops kRowLoops;
 extern const DenseLoops kDenseLoops;
+extern const PixelLoops kPixelLoops;
 }
 
 namespace {
@@ -21,6 +25,7 @@ namespace {
 struct Loops {
   const RowLoops& rows;
   const DenseLoops& dense;
+  const PixelLoops& pixels;
 };
 
 Loops choose() {
@@ -29,10 +34,10 @@ Loops choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::kRowLoops, avx512::kDenseLoops};
-  if (avx2) return {avx2::kRowLoops, avx2::kDenseLoops};
+    return {avx512::kRowLoops, avx512::kDenseLoops, avx512::kPixelLoops};
+  if (avx2) return {avx2::kRowLoops, avx2::kDenseLoops, avx2::kPixelLoops};
 #endif
-  return {baseline::kRowLoops, baseline::kDenseLoops};
+  return {baseline::kRowLoops, baseline::kDenseLoops, baseline::kPixelLoops};
 }
 
 const Loops& loops() {
@@ -44,5 +49,6 @@ const Loops& loops() {
 
 const RowLoops& row_loops() { return loops().rows; }
 const DenseLoops& dense_loops() { return loops().dense; }
+const PixelLoops& pixel_loops() { return loops().pixels; }
 
 }  // namespace sam2fast

@@ -1,30 +1,55 @@
-"""Augmentation of clips with OpenCV: one geometric resampling and one color transform per frame.
+"""Augmentation of clips: what is drawn, and one resampling of each frame that changes its colors on the way.
 
-Crop, resize and flip without rotation become one `cv2.resize` of an integer crop: area averaging along an axis that
-shrinks, linear along one that grows. With rotation or shear everything is one affine warp (linear), before which an
-axis that shrinks to under 3/4 is area-averaged to its final density, because a warp alone would alias.
+Geometry is one affine map of the pixels of a frame, or a crop and a resize, which are one too: `sam2fast_kernels.warp`
+samples it bilinearly, maps colors and writes planes in one pass. An axis that shrinks is area-averaged to its final
+density before, because bilinear samples alone would alias: below 3/4 under rotation or shear, always without.
 
-Masks take the same way as numbers 0 and 1 and are rounded: a threshold at one half, as when the official trainer
-resizes. They have no texture to alias, so area averaging, which is 10 times slower, starts at a quarter.
+Masks take the same way as numbers 0 and 1, cut at one half, as when the official trainer resizes. They have no texture
+to alias, so area averaging starts at a quarter.
+
+Nothing here depends on how it is computed: all that is drawn lies in `Geometry`, color factors and the blur's standard
+deviation, so that another renderer can make the same sample of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+import torch
+
+from sam2fast_kernels.warp import warp_image, warp_masks
+from sam2fast_kernels.warp.op import MASKS_AT_ONCE
 
 from ..config import AugmentConfig
 
 FILL = (124, 116, 104)
 """RGB outside of the image: the ImageNet mean, which normalization turns into 0."""
 
-_GRAY = np.array([0.299, 0.587, 0.114])
+GRAY = np.array([0.299, 0.587, 0.114])
 """Luma of RGB (ITU-R BT.601), as in torchvision's color transforms."""
-_PREFILTER_BELOW = 0.75
+_UNCHANGED = np.eye(3, 4, dtype=np.float32)
+_FILL = torch.tensor(FILL, dtype=torch.uint8)
+_PREFILTER_BELOW, _MASK_PREFILTER_BELOW = 0.75, 0.25
+"""Target pixels per source pixel."""
 _BLUR_SIGMA = (0.1, 2.0)
 """Range of the blur's standard deviation in pixels of a 1024-pixel input; it scales with the input."""
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """Two by two cells that all show the same frame of the clip at half the side, each mirrored or not.
+
+    The objects are annotated in one cell only, for the whole clip: the look-alikes in the others must be told apart by
+    their place. The paper's second version trains with it (probability 0.1); the official fine-tuning config does not.
+    """
+
+    flips: tuple[bool, bool, bool, bool]
+    """Cells that are mirrored left to right, row by row."""
+    cell: int
+    """Number of the cell, row by row, that holds the masks."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +62,97 @@ class Geometry:
     target: tuple[slice, slice]
     """Rows and columns of the square that they fill."""
     flip: bool = False
+    """Mirrors the square, after the crop and resize; `matrix` includes it."""
     matrix: np.ndarray | None = None
     """With rotation or shear, instead of the above: [2, 3], pixel (x, y) of the image to pixel of the square."""
+    mosaic: Mosaic | None = None
+    """`target` and `matrix` lead to a cell of S/2 then."""
 
-    def image(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] to [S, S, 3]."""
-        return self._apply(image, FILL, area_below=1.0)
+    @property
+    def cell(self) -> Geometry:
+        """The map onto one cell of the mosaic, or this one where there is none."""
+        return replace(self, side=self.side // 2, mosaic=None) if self.mosaic else self
+
+    def affine(self) -> np.ndarray:
+        """[2, 3], pixel (x, y) of the image to pixel of the square, or of a cell of the mosaic. (0, 0) is a pixel's
+        center."""
+        if self.matrix is not None:
+            return self.matrix
+        rows = []
+        for source, target in zip(self.source[::-1], self.target[::-1], strict=True):
+            scale = (target.stop - target.start) / (source.stop - source.start)
+            rows.append([scale, target.start + (0.5 - source.start) * scale - 0.5])
+        (scale_x, shift_x), (scale_y, shift_y) = rows
+        if self.flip:
+            scale_x, shift_x = -scale_x, self.cell.side - 1 - shift_x
+        return np.array([[scale_x, 0, shift_x], [0, scale_y, shift_y]])
+
+    def image(self, image: np.ndarray, colors: np.ndarray = _UNCHANGED, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [H, W, 3] to planes [3, S, S], those of `out` where it is given; colors are mapped by `color_matrix`
+        before."""
+        out = np.empty((3, self.side, self.side), np.uint8) if out is None else out
+        if self.mosaic:
+            cell = self.cell.image(image, colors)
+            for place, flip in zip(self._cells(), self.mosaic.flips, strict=True):
+                out[:, *place] = cell[..., ::-1] if flip else cell
+            return out
+        part, sampling = self._prepare(image, _PREFILTER_BELOW if self.matrix is not None else 1.0)
+        warp_image(*map(torch.from_numpy, (out, part, sampling, colors)), _FILL)
+        return out
+
+    def masks(self, masks: Sequence[np.ndarray | None], out: np.ndarray | None = None) -> np.ndarray:
+        """bool [H, W] of each of N objects, None where one is absent, to [N, S, S], that of `out` where it is given."""
+        out = np.empty((len(masks), self.side, self.side), bool) if out is None else out
+        if self.mosaic:
+            moved = self.cell.masks(masks)
+            out.fill(False)
+            out[:, *self._cells()[self.mosaic.cell]] = (
+                moved[..., ::-1] if self.mosaic.flips[self.mosaic.cell] else moved
+            )
+            return out
+        for first in range(0, len(masks), MASKS_AT_ONCE):
+            part = slice(first, first + MASKS_AT_ONCE)
+            self._warp(masks[part], out[part])
+        return out
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """bool [H, W] to [S, S]."""
-        return self._apply(np.ascontiguousarray(mask).view(np.uint8), 0, area_below=0.25).view(bool)
+        return self.masks([mask])[0]
 
-    def _apply(self, array: np.ndarray, fill: tuple[int, ...] | int, area_below: float) -> np.ndarray:
-        if self.matrix is not None:
-            return _warp(array, self.matrix, self.side, fill, min(area_below, _PREFILTER_BELOW))
-        rows, columns = self.target
-        result = _resize(array[self.source], rows.stop - rows.start, columns.stop - columns.start, area_below)
-        if result.shape[:2] != (self.side, self.side):
-            border = (rows.start, self.side - rows.stop, columns.start, self.side - columns.stop)
-            result = cv2.copyMakeBorder(result, *border, cv2.BORDER_CONSTANT, value=fill)
-        return cv2.flip(result, 1) if self.flip else result
+    def _warp(self, masks: Sequence[np.ndarray | None], out: np.ndarray) -> None:
+        codes = None
+        for bit, mask in enumerate(masks):
+            if mask is None:
+                continue
+            part, sampling = self._prepare(np.ascontiguousarray(mask).view(np.uint8), _MASK_PREFILTER_BELOW)
+            code = part * np.uint8(1 << bit)  # numpy shifts bytes one at a time
+            codes = code if codes is None else np.bitwise_or(codes, code, out=codes)
+        if codes is None:
+            out.fill(False)
+        else:
+            warp_masks(*map(torch.from_numpy, (out, codes, sampling)))
+
+    def _cells(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of the cells of a mosaic."""
+        halves = slice(0, self.side // 2), slice(self.side // 2, self.side)
+        return [(rows, columns) for rows in halves for columns in halves]
+
+    def _prepare(self, array: np.ndarray, area_below: float) -> tuple[np.ndarray, np.ndarray]:
+        """The part of an image [H, W, ...] that is sampled, and float64 [2, 3], pixel of the square to pixel of that.
+
+        Axes of fewer than `area_below` target pixels a source pixel are area-averaged to one.
+        """
+        part, linear, offset = array[self.source], *np.split(self.affine(), [2], axis=1)
+        offset = offset[:, 0] + linear @ [self.source[1].start, self.source[0].start]
+        size = np.array(part.shape[1::-1])
+        density = np.linalg.norm(linear, axis=0)
+        shrunk = np.where(density < area_below, np.maximum(1, np.round(size * density)), size).astype(int)
+        if (shrunk != size).any():
+            part = cv2.resize(part, shrunk.tolist(), interpolation=cv2.INTER_AREA)
+            back = size / shrunk  # pixels of the image per pixel of the smaller one
+            linear, offset = linear * back, offset + linear @ (back / 2 - 0.5)
+        inverse = np.linalg.inv(linear)
+        return part, np.column_stack([inverse, -inverse @ offset])
 
 
 def plain_geometry(size: tuple[int, int], side: int) -> Geometry:
@@ -69,7 +165,17 @@ def draw_geometry(config: AugmentConfig, size: tuple[int, int], side: int, rng: 
     """Random flip, rotation, shear, resize and crop of an image [H, W] = `size`.
 
     Larger than the square, the image is cropped at a random place; smaller, it is put at a random place of the square.
+    In a mosaic "square" is one of its cells.
     """
+    mosaic = None
+    if config.mosaic and rng.random() < config.mosaic:
+        mosaic = Mosaic(tuple(bool(flip) for flip in rng.random(4) < 0.5), int(rng.integers(4)))
+        side //= 2
+    geometry = _draw_map(config, size, side, rng)
+    return replace(geometry, side=2 * side, mosaic=mosaic) if mosaic else geometry
+
+
+def _draw_map(config: AugmentConfig, size: tuple[int, int], side: int, rng: np.random.Generator) -> Geometry:
     flip = bool(rng.random() < config.flip)
     scale = rng.uniform(*config.scale)
     place_y, place_x = rng.random(2)
@@ -98,20 +204,22 @@ def draw_colors(config: AugmentConfig, num_frames: int, rng: np.random.Generator
     return factors
 
 
-def adjust_colors(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
-    """Scale an image, then its distance to its mean gray, then that of each pixel to its own gray.
+def color_matrix(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
+    """Scale an image, then its distance to its mean gray, then that of each pixel to its own gray: float32 [3, 4].
 
-    The three are one 3 x 4 matrix, so values are rounded and clipped once, at the end.
+    The three are one map of (R, G, B, 1), so values are rounded and clipped once.
 
     Args:
-        image: uint8 [H, W, 3] RGB.
+        image: uint8 [H, W, 3] RGB, of which the mean is taken.
     """
-    if brightness == contrast == saturation == 1:
-        return image
-    mean = brightness * (np.array(cv2.mean(image)[:3]) @ _GRAY)
-    mix = saturation * np.eye(3) + (1 - saturation) * np.tile(_GRAY, (3, 1))
-    matrix = np.column_stack([brightness * contrast * mix, np.full(3, (1 - contrast) * mean)])
-    return cv2.transform(image, matrix.astype(np.float32))
+    mean = brightness * (np.array(cv2.mean(image)[:3]) @ GRAY) if contrast != 1 else 0.0
+    matrix = np.column_stack([brightness * contrast * color_mix(saturation), np.full(3, (1 - contrast) * mean)])
+    return matrix.astype(np.float32)
+
+
+def color_mix(saturation: float) -> np.ndarray:
+    """Matrix [3, 3] that scales the distance of RGB to its gray."""
+    return saturation * np.eye(3) + (1 - saturation) * np.tile(GRAY, (3, 1))
 
 
 def draw_blur(config: AugmentConfig, side: int, rng: np.random.Generator) -> float:
@@ -120,9 +228,11 @@ def draw_blur(config: AugmentConfig, side: int, rng: np.random.Generator) -> flo
     return float(sigma) if rng.random() < config.blur else 0.0
 
 
-def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur; `sigma` in pixels, 0 is none."""
-    return cv2.GaussianBlur(image, (0, 0), sigma) if sigma > 0 else image
+def blur(planes: np.ndarray, sigma: float) -> None:
+    """Gaussian blur of uint8 [C, H, W] in place; `sigma` in pixels, 0 is none."""
+    if sigma > 0:
+        for plane in planes:
+            cv2.GaussianBlur(plane, (0, 0), sigma, dst=plane)
 
 
 def _span(whole: int, part: int, place: float) -> slice:
@@ -152,31 +262,3 @@ def _affine(
     # pixel i covers [i, i + 1): centers are half a pixel on, before and after
     offset = center - linear @ (np.array([width, height]) / 2 - 0.5) - 0.5
     return np.column_stack([linear, offset])
-
-
-def _resize(array: np.ndarray, height: int, width: int, area_below: float = 1.0) -> np.ndarray:
-    """Area-average the axes that shrink to under `area_below` of their length, then resize linearly."""
-    shrunk = tuple(
-        new if new < area_below * old else old for new, old in zip((width, height), array.shape[1::-1], strict=True)
-    )
-    if shrunk != array.shape[1::-1]:
-        array = cv2.resize(array, shrunk, interpolation=cv2.INTER_AREA)
-    if shrunk != (width, height):
-        array = cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
-    return array
-
-
-def _warp(
-    array: np.ndarray, matrix: np.ndarray, side: int, fill: tuple[int, ...] | int, area_below: float
-) -> np.ndarray:
-    height, width = array.shape[:2]
-    density_x, density_y = np.linalg.norm(matrix[:, :2], axis=0)  # target pixels per source pixel
-    new_width = max(1, round(width * density_x)) if density_x < area_below else width
-    new_height = max(1, round(height * density_y)) if density_y < area_below else height
-    if (new_height, new_width) != (height, width):
-        array = _resize(array, new_height, new_width)
-        back = np.array([width / new_width, height / new_height])  # pixels of the image per pixel of the smaller one
-        matrix = np.column_stack([matrix[:, :2] * back, matrix[:, 2] + matrix[:, :2] @ (back / 2 - 0.5)])
-    return cv2.warpAffine(
-        array, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
-    )

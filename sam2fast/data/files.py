@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 
+from .defects import note_warning
 from .sample import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -57,6 +58,13 @@ def decode_image(data: bytes, source: str | os.PathLike) -> np.ndarray:
     if image is None:
         raise DataError(f"cannot decode {source}: not an image or cut off after {len(data)} bytes; {_DAMAGED}")
     return image
+
+
+def check_image(data: bytes, source: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of an image that somebody else will decode, once its header is sound and its end is there."""
+    if _is_cut_off(data):
+        raise DataError(f"cannot decode {source}: cut off after {len(data)} bytes; {_DAMAGED}")
+    return image_size(data, source)
 
 
 def image_size(data: bytes, source: str | os.PathLike) -> tuple[int, int]:
@@ -136,7 +144,7 @@ class WarnOnce:
         self._given = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __call__(self, message: str) -> None:
-        if not self._given:
+        if not note_warning("masks that are resized", message) and not self._given:
             self._given.fill_(True)
             warnings.warn(message, stacklevel=2)
 

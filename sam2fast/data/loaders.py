@@ -1,26 +1,40 @@
 """Samples to batches, in worker processes.
 
-Ranks and micro-batches share the one endless sequence of samples of a `ClipDataset`, so a run resumes from its step
-number alone and reads the same data with any number of workers.
+Ranks and micro-batches share the one endless sequence of samples of a `ClipDataset`, so a run resumes from the number
+of samples that it has taken, with any number of workers and ranks.
 """
 
 from __future__ import annotations
 
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
 
-from .sample import Batch, DataError, collate
+import sam2fast_kernels
+
+from .bad_records import BadRecord, BadRecords, RecordGuard
+from .dali_plan import EncodedBatch, assemble
+from .in_flight import InFlight
+from .render import SamplePlan, render
+from .sample import DataError, PackedBatch, Sample, collate
 from .sampling import ClipDataset
 
+if TYPE_CHECKING:
+    from .dali import DaliDecoder
+
 _DEAD_WORKER = (
-    "a data loading process died ({}); usually memory or shared memory (/dev/shm) ran out: lower `data.workers`, "
-    "`batch_size` or `accumulate`; with `data.workers=0` the cause shows itself"
+    "a data loading process died {} ({}); usually memory or shared memory (/dev/shm) ran out: lower `data.workers`, "
+    "`data.prefetch`, `batch_size` or `accumulate`; with `data.workers=0` the cause shows itself"
 )
 
 
@@ -32,42 +46,58 @@ def build_loader(
     start: int = 0,
     workers: int = 0,
     accumulate: int = 1,
-) -> Iterator[Batch]:
-    """Endless micro-batches of one rank: micro-batch k holds samples (k * world_size + rank) * batch_size + 0, 1, ...
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    bad_records: BadRecords | None = None,
+    decoder: DaliDecoder | None = None,
+) -> Iterator[PackedBatch]:
+    """Endless micro-batches of one rank: micro-batch k holds the samples from `start` + (k * world_size + rank) *
+    batch_size on.
 
     So the ranks of a step, and the micro-batches of an accumulated step, together hold one run of sample numbers: the
     same as one rank with a batch as large. Worker processes start now and live until the iterator is closed or
     forgotten.
 
     Args:
-        start: k of the first micro-batch (where a resumed run continues).
+        start: number of the first sample of all ranks (where a resumed run continues).
         workers: processes that decode; 0 decodes in this one.
         accumulate: micro-batches that the caller takes in one go; as many are prepared ahead.
+        prefetch: least number of batches that each worker prepares ahead.
+        pin_memory: give batches in page-locked memory.
+        bad_records: counts records that cannot be used and decides when they are too many; without it the first one is
+            an error.
+        decoder: decodes and augments the frames in this process; without it the workers do, with OpenCV.
 
     Raises:
         DataError: from the iterator: a defect of the data, or a worker process that died.
     """
-    numbers = _MicroBatches(batch_size, rank, world_size, start)
+    if bad_records is None:
+        bad_records = BadRecords({}, 0)
+    in_flight = InFlight(workers)
     options = {}
     if workers:
-        # workers are not forked from this process: it may hold a CUDA context and threads with locks
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
+        start_fork_server()
         options = {
-            "multiprocessing_context": context,
-            "worker_init_fn": _start_worker,
-            "prefetch_factor": max(2, -(-accumulate // workers)),
+            "multiprocessing_context": "forkserver",
+            "worker_init_fn": start_worker,
+            "prefetch_factor": max(prefetch, -(-accumulate // workers)),
         }
+    render_with = (decoder.encode, assemble) if decoder else (render, _pack)
     loader = torch.utils.data.DataLoader(
-        _Collated(dataset),
+        _Batches(dataset, *render_with, bad_records.limit(dataset.name), in_flight),
         batch_size=None,
-        sampler=numbers,
+        sampler=_MicroBatches(batch_size, rank, world_size, start),
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # of its own: loading must not advance the generator of the model's dropout
         **options,
     )
-    return _checked(iter(loader), workers)
+    batches = _checked(iter(loader), dataset.name, bad_records, in_flight if workers else None)
+    return decoder.decode(batches) if decoder else batches
+
+
+def _pack(samples: list[Sample]) -> PackedBatch:
+    return collate(samples).pack()
 
 
 class _MicroBatches:
@@ -77,26 +107,93 @@ class _MicroBatches:
         self._batch_size, self._rank, self._world_size, self._start = batch_size, rank, world_size, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        for k in count(self._start):
-            first = (k * self._world_size + self._rank) * self._batch_size
+        for k in count():
+            first = self._start + (k * self._world_size + self._rank) * self._batch_size
             yield list(range(first, first + self._batch_size))
 
 
-class _Collated:
-    """Batches of a dataset by lists of sample numbers. A `DataError` is handed over as its text: raised in a worker it
-    would reach the user inside the traceback of another process."""
+@dataclass
+class _Loaded:
+    """What a worker hands over. Errors are text: raised in a worker they would reach the user inside the traceback of
+    another process."""
 
-    def __init__(self, dataset: ClipDataset):
-        self._dataset = dataset
+    batch: PackedBatch | EncodedBatch | None
+    bad: list[BadRecord]
+    """Records that this worker has met for the first time and cannot use."""
+    error: str = ""
 
-    def __getitem__(self, numbers: list[int]) -> Batch | str:
+    def pin_memory(self) -> _Loaded:
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+
+class _Batches:
+    """Batches of a dataset by lists of sample numbers."""
+
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        use: Callable[[SamplePlan], Any],
+        join: Callable[[list[Any]], PackedBatch | EncodedBatch],
+        limit: int,
+        in_flight: InFlight,
+    ):
+        """`use` makes of each plan what `join` makes a batch of."""
+        self._dataset, self._use, self._join, self._in_flight = dataset, use, join, in_flight
+        self._guard = RecordGuard(dataset.name, limit)
+
+    def __getitem__(self, numbers: list[int]) -> _Loaded:
+        worker = torch.utils.data.get_worker_info()
         try:
-            return collate([self._dataset[number] for number in numbers])
+            batch = self._join([self._sample(number, worker and worker.id) for number in numbers])
         except DataError as error:
-            return str(error)
+            return _Loaded(None, self._guard.take_new(), str(error))
+        finally:
+            if worker:
+                self._in_flight.clear(worker.id)
+        return _Loaded(batch, self._guard.take_new())
+
+    def _sample(self, number: int, worker: int | None) -> Any:
+        def guard(name: str) -> AbstractContextManager:
+            if worker is not None:
+                self._in_flight.note(worker, number, name)
+            return self._guard.using(name)
+
+        self._guard.last = ""
+        try:
+            return self._dataset.draw(number, self._use, guard)
+        except DataError as error:
+            if self._guard.last in ("", str(error)):
+                raise
+            raise DataError(f"{error}. Some could not be used, the last one: {self._guard.last}") from None
 
 
-def _start_worker(worker: int) -> None:
+def start_fork_server() -> None:
+    """Begin to start what worker processes are forked from, which imports for some seconds; again does nothing.
+
+    Workers are forked from a process of their own, which has imported what they need and shares it with them; this
+    one may hold a CUDA context and threads with locks.
+
+    That process must import the packages from where this one did, also from a bare checkout beside an installed
+    version. It takes its path from the environment alone, and imports a main module only from Python 3.13 on.
+    """
+    modules = [__name__]
+    if Path(sam2fast_kernels.__file__).parent.name == "kernels":
+        modules.insert(0, f"{__name__.partition('.')[0]}.train")  # makes both packages of a checkout importable
+    multiprocessing.set_forkserver_preload(modules)
+    before = os.environ.get("PYTHONPATH")
+    root = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def start_worker(worker: int) -> None:
+    """Set up a process that decodes, and end it with the one that started it."""
     cv2.setNumThreads(0)  # the processes are the parallelism
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
@@ -108,20 +205,29 @@ def _end_with_trainer() -> None:
     os._exit(1)
 
 
-def _checked(batches: Iterator[Batch | str], workers: int) -> Iterator[Batch]:
+def _checked(
+    loaded: Iterator[_Loaded], dataset: str, bad_records: BadRecords, in_flight: InFlight | None
+) -> Iterator[PackedBatch]:
     try:
         while True:
             try:
-                batch = next(batches)
+                found = next(loaded)
             except (RuntimeError, OSError, EOFError) as error:
-                if workers and _is_of_dead_worker(error):
-                    raise DataError(_DEAD_WORKER.format((str(error) or type(error).__name__).splitlines()[0])) from None
+                if in_flight and _is_of_dead_worker(error):
+                    raise DataError(_of_dead_worker(error, dataset, in_flight)) from None
                 raise
-            if isinstance(batch, str):
-                raise DataError(batch)
-            yield batch
+            bad_records.add(found.bad)
+            if found.batch is None:
+                raise DataError(found.error)
+            yield found.batch
     finally:
-        del batches  # ends the workers now, even where a traceback keeps this frame
+        del loaded  # ends the workers now, even where a traceback keeps this frame
+
+
+def _of_dead_worker(error: Exception, dataset: str, in_flight: InFlight) -> str:
+    loading = [f"sample {number} of dataset {dataset!r}, {name!r}" for number, name in in_flight.of_dead()]
+    what = f"while it loaded {' and '.join(loading)}" if loading else "between two samples"
+    return _DEAD_WORKER.format(what, (str(error) or type(error).__name__).splitlines()[0])
 
 
 def _is_of_dead_worker(error: Exception) -> bool:

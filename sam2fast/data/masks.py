@@ -1,20 +1,29 @@
-"""Masks of one frame, decoded one object at a time: run lengths, polygons and label images.
+"""Masks of one frame: run lengths, polygons and label images, drawn only for the objects that are asked for.
 
-COCO run lengths (cocodataset.org, `maskApi`): column by column, alternating lengths of background and object, starting
-with background; `counts` is the list of lengths or a string of 5-bit groups that stores differences.
+Run lengths (COCO, cocodataset.org) are read, checked and drawn by `sam2fast_kernels.rle`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from .sample import DataError
+from sam2fast_kernels import rle
+from sam2fast_kernels.rle import RunLengths
+
+from .defects import tolerated
+from .sample import DataError, SizeMismatch
+
+if TYPE_CHECKING:
+    from .augment import Geometry
 
 Size = tuple[int, int]
+_AREA_BELOW = 0.25
+"""`Geometry.masks` averages areas along axes that shrink to under this share."""
 _BROKEN = "fix the annotation, or name the video or image in the dataset's `exclude`"
 
 
@@ -25,6 +34,8 @@ class FrameMasks(Mapping[int, np.ndarray]):
         """`areas`: pixels per object as annotated (objects of none are left out); `decode`: id -> bool [h, w], where
         h, w may differ from `size` = (H, W) by what the caller tolerates; it is resized by nearest neighbor then."""
         self.size = size
+        self.empty = [object_id for object_id, area in areas.items() if area <= 0]
+        """Objects that are annotated, with no pixel."""
         self._areas = {object_id: area for object_id, area in areas.items() if area > 0}
         self._decode = decode
 
@@ -39,68 +50,117 @@ class FrameMasks(Mapping[int, np.ndarray]):
     def __len__(self) -> int:
         return len(self._areas)
 
+    def areas(self) -> tuple[list[int], int]:
+        """Pixels of every object as annotated, and of the frame."""
+        return list(self._areas.values()), self.size[0] * self.size[1]
+
     def area(self, object_id: int) -> int:
         """Pixels of an object as annotated, without decoding its mask."""
         return self._areas[object_id]
+
+    def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
+        """Objects as a sample has them: bool [O, S, S], that of `out` where it is given, S the side of `geometry`. One
+        that is not visible has an empty mask.
+
+        Each is `geometry.mask` of the object's mask. Run lengths make the same square without the mask in between, by
+        exact bilinear interpolation, where `geometry` is a crop and resize that does not average areas.
+        """
+        return geometry.masks([self.get(object_id) for object_id in object_ids], out)
+
+
+class _LabelMasks(FrameMasks):
+    """Masks of an image of object numbers."""
+
+    def __init__(self, size: Size, areas: dict[int, int], labels: np.ndarray):
+        super().__init__(size, areas, lambda object_id: labels == object_id)
+        self._labels = labels
+
+    def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
+        if self._labels.shape != self.size or geometry.matrix is not None:
+            return super().resampled(object_ids, geometry, out)
+        # Compares the pixels that are used, not all.
+        used = self._labels[geometry.source]
+        local = replace(geometry, source=(slice(0, used.shape[0]), slice(0, used.shape[1])))
+        return local.masks([used == number if number in self else None for number in object_ids], out)
+
+
+class _RunLengthMasks(FrameMasks):
+    """Masks of run lengths."""
+
+    def __init__(self, size: Size, areas: dict[int, int], places: dict[int, tuple[RunLengths, int]]):
+        """`places`: where the runs of an object are; objects whose masks have one size share one `RunLengths`."""
+        super().__init__(size, areas, self._draw)
+        self._places = places
+
+    def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
+        places = {row: self._places[number] for row, number in enumerate(object_ids) if number in self}
+        if not places or {runs.size for runs, _ in places.values()} != {self.size} or not _is_linear(geometry):
+            return super().resampled(object_ids, geometry, out)
+        shared = next(iter(places.values()))[0]
+        runs = shared.select([number for _, number in places.values()])
+        masks = runs.resample(geometry.source, *_target(geometry)).numpy()
+        if out is None and len(places) == len(object_ids):
+            return masks
+        out = np.empty((len(object_ids), *masks.shape[1:]), bool) if out is None else out
+        out[list(set(range(len(out))).difference(places))] = False
+        out[list(places)] = masks
+        return out
+
+    def _draw(self, object_id: int) -> np.ndarray:
+        runs, number = self._places[object_id]
+        return runs.select([number]).decode()[0].numpy()
 
 
 def label_masks(labels: np.ndarray, size: Size) -> FrameMasks:
     """Masks of an image of object numbers, uint8 [h, w], 0 for none."""
     counts = cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel()  # 10 times faster than np.bincount
     areas = {int(number): int(counts[number]) for number in np.flatnonzero(counts) if number}
-    return FrameMasks(size, areas, lambda object_id: labels == object_id)
+    return _LabelMasks(size, areas, labels)
 
 
-def run_length_masks(runs: dict[int, tuple[Size, np.ndarray]], size: Size) -> FrameMasks:
-    """Masks of validated run lengths (`parse_rle`)."""
-    areas = {object_id: int(lengths[1::2].sum()) for object_id, (_, lengths) in runs.items()}
-    return FrameMasks(size, areas, lambda object_id: decode_runs(*runs[object_id]))
+def run_length_masks(annotations: Mapping[int, tuple[Any, str]], size: Size, warn: Callable[[str], None]) -> FrameMasks:
+    """Masks of the COCO run lengths of a frame.
 
+    Everything is checked here, before anything is drawn.
 
-def parse_rle(rle: Any, source: str) -> tuple[Size, np.ndarray]:
-    """Validate a COCO run-length object `{"size": [h, w], "counts": string or list}`.
-
-    Every length is checked before anything is drawn, so that no broken annotation can write outside an image.
-
-    Returns:
-        (h, w) and the int64 run lengths, which sum to h * w.
+    Args:
+        annotations: object id -> `{"size": [h, w], "counts": string or list}` and its source, file and annotation.
+        size: of the frame, (H, W).
+        warn: gets what `check_size` tolerates.
 
     Raises:
-        DataError: names `source` (file and annotation) and what is wrong.
+        DataError: names the source of an annotation and what is wrong with it.
     """
-    try:
-        height, width = (int(value) for value in rle["size"])
-        counts = rle["counts"]
-    except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f"{source}: a run-length mask needs `size` [height, width] and `counts`, got {_brief(rle)}; {_BROKEN}"
-        ) from None
-    if isinstance(counts, (str, bytes)):
-        lengths = _unpack_counts(counts, source)
-    else:
-        try:
-            lengths = np.asarray(counts, dtype=np.int64).reshape(-1)
-        except (TypeError, ValueError, OverflowError):
-            raise DataError(f"{source}: run lengths must be whole numbers, got {_brief(counts)}; {_BROKEN}") from None
-    pixels = height * width if min(height, width) > 0 else -1
-    if (lengths < 0).any() or (lengths > pixels).any() or lengths.sum() != pixels:
-        raise DataError(
-            f"{source}: run lengths cover {lengths.sum()} pixels of a {height} x {width} mask: cut off, or "
-            f"of another size; {_BROKEN}"
-        )
-    return (height, width), lengths
+    by_size: dict[Size, list[tuple[int, Any, str]]] = {}
+    for object_id, (annotation, source) in annotations.items():
+        with tolerated():
+            mask_size, counts = _size_and_counts(annotation, source)
+            by_size.setdefault(mask_size, []).append((object_id, counts, source))
+    areas: dict[int, int] = {}
+    places: dict[int, tuple[RunLengths, int]] = {}
+    for mask_size, masks in by_size.items():
+        runs = rle.parse([counts for _, counts, _ in masks], mask_size)
+        for number, (area, (object_id, counts, source)) in enumerate(zip(runs.areas.tolist(), masks, strict=True)):
+            with tolerated():
+                if number in runs.faults:
+                    fault = runs.faults[number]
+                    raise DataError(f"{source}: cannot read run lengths {_brief(counts)}: {fault}; {_BROKEN}")
+                check_size(mask_size, size, source, warn)
+                areas[object_id], places[object_id] = area, (runs, number)
+    return _RunLengthMasks(size, areas, places)
 
 
-def decode_runs(size: Size, lengths: np.ndarray) -> np.ndarray:
-    """Run lengths (`parse_rle`) to bool [h, w]."""
-    is_object = np.zeros(len(lengths), dtype=bool)
-    is_object[1::2] = True
-    columns = np.repeat(is_object, lengths).reshape(size[1], size[0])
-    return cv2.transpose(columns.view(np.uint8)).view(bool)  # contiguous, and 6 times faster than numpy's copy
+def annotated_areas(annotations: Mapping[int, tuple[Any, str]]) -> tuple[list[int], int]:
+    """Pixels of the objects of COCO run lengths (see `run_length_masks`) that have any, and of their frame, taken to be
+    of the size that the first annotation states."""
+    if not annotations:
+        return [], 1
+    size, _ = _size_and_counts(*next(iter(annotations.values())))
+    return run_length_masks(annotations, size, lambda warning: None).areas()
 
 
-def polygons_to_runs(polygons: Any, size: Size, source: str) -> tuple[Size, np.ndarray]:
-    """Rasterize COCO polygons `[[x0, y0, x1, y1, ...], ...]` (their union) as pycocotools does.
+def polygons_to_rle(polygons: Any, size: Size, source: str) -> dict[str, Any]:
+    """Rasterize COCO polygons `[[x0, y0, x1, y1, ...], ...]` (their union) as pycocotools does, to run lengths.
 
     Polygons of less than three points cover nothing and are skipped.
 
@@ -123,8 +183,8 @@ def polygons_to_runs(polygons: Any, size: Size, source: str) -> tuple[Size, np.n
         if len(points) >= 3:
             parts.append(points.reshape(-1).tolist())
     if not parts:
-        return size, np.array([height * width])
-    return parse_rle(coco.merge(coco.frPyObjects(parts, height, width)), source)
+        return {"size": list(size), "counts": [height * width]}
+    return coco.merge(coco.frPyObjects(parts, height, width))
 
 
 def check_size(mask: Size, frame: Size, source: str, warn: Callable[[str], None]) -> None:
@@ -133,7 +193,7 @@ def check_size(mask: Size, frame: Size, source: str, warn: Callable[[str], None]
         return
     sizes = f"{source}: the mask is {mask[1]} x {mask[0]}, its frame {frame[1]} x {frame[0]} (width x height)"
     if abs(mask[0] - frame[0]) > 1 or abs(mask[1] - frame[1]) > 1:
-        raise DataError(f"{sizes}; give masks and frames of one size, or name the video or image in `exclude`")
+        raise SizeMismatch(f"{sizes}; give masks and frames of one size, or name the video or image in `exclude`")
     warn(f"{sizes}; masks that differ by one pixel are resized (said once per dataset)")
 
 
@@ -145,25 +205,39 @@ def resize_nearest(mask: np.ndarray, size: Size) -> np.ndarray:
     return mask[rows[:, None], columns[None, :]]
 
 
-def _unpack_counts(counts: str | bytes, source: str) -> np.ndarray:
-    """The string form: little-endian 5-bit groups + 48, bit 5 says more follow, the top bit of the last is the sign;
-    from the fourth on, each length is stored as the difference to the one two before."""
-    raw = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode("utf-8"), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(~(raw & 0x20).astype(bool))
-    if len(raw) == 0 or (raw < 0).any() or (raw > 63).any() or len(last) == 0 or last[-1] != len(raw) - 1:
+def _size_and_counts(annotation: Any, source: str) -> tuple[Size, Any]:
+    """The parts of a COCO run-length object."""
+    try:
+        height, width = (int(value) for value in annotation["size"])
+        counts = annotation["counts"]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        height, width, counts = 0, 0, None
+    if not 0 < min(height, width) <= max(height, width) < 2**31:
         raise DataError(
-            f"{source}: cannot read run lengths {_brief(counts)}: empty, cut off or of another coding; {_BROKEN}"
+            f"{source}: a run-length mask needs `size` [height, width] and `counts`, got {_brief(annotation)}; "
+            f"{_BROKEN}"
         )
-    first = np.concatenate([[0], last[:-1] + 1])
-    groups = last - first + 1
-    if groups.max() > 8:
-        raise DataError(f"{source}: cannot read run lengths {_brief(counts)}: a length of over 40 bits; {_BROKEN}")
-    shift = 5 * (np.arange(len(raw)) - np.repeat(first, groups))
-    values = np.add.reduceat((raw & 0x1F) << shift, first)
-    values -= ((raw[last] & 0x10) != 0).astype(np.int64) << (5 * groups)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
+    return (height, width), counts
+
+
+def _is_linear(geometry: Geometry) -> bool:
+    """Whether masks are cropped and resized by linear interpolation alone."""
+    return geometry.matrix is None and all(
+        to.stop - to.start >= _AREA_BELOW * (used.stop - used.start)
+        for used, to in zip(geometry.source, geometry.target, strict=True)
+    )
+
+
+def _target(geometry: Geometry) -> tuple[tuple[slice, slice], int, bool]:
+    """The part of the square that is filled before the square is mirrored, its side, and whether it is."""
+    if geometry.mosaic is None:
+        return geometry.target, geometry.side, geometry.flip
+    half = geometry.side // 2
+    down, across = divmod(geometry.mosaic.cell, 2)
+    flip = geometry.flip != geometry.mosaic.flips[geometry.mosaic.cell]
+    shifts = half * down, half * (across != flip)  # mirroring the square brings a cell to the other side
+    target = tuple(slice(part.start + by, part.stop + by) for part, by in zip(geometry.target, shifts, strict=True))
+    return target, geometry.side, flip
 
 
 def _brief(value: Any) -> str:

@@ -85,9 +85,14 @@ def official_order(num_batches: Sequence[int], probabilities: Sequence[float], s
 
 
 def repeat_indices(factors: Sequence[float], epoch: int, seed: int = 0) -> list[int]:
-    """Dataset indices of an epoch where item i appears `factors[i]` times on average (official `RepeatFactorWrapper`):
-    the whole part always, the rest by a draw per epoch."""
-    wanted = torch.tensor(factors, dtype=torch.float32)
+    """Dataset indices of an epoch where item i appears `factors[i]` times on average (official `RepeatFactorWrapper`),
+    in ascending order."""
+    return torch.repeat_interleave(torch.arange(len(factors)), repeat_counts(factors, epoch, seed)).tolist()
+
+
+def repeat_counts(factors: Sequence[float] | torch.Tensor, epoch: int, seed: int = 0) -> torch.Tensor:
+    """How often each item appears in an epoch, int64 [N]: the whole part of its factor always, the rest by a draw per
+    epoch (official `RepeatFactorWrapper`)."""
+    wanted = torch.as_tensor(factors, dtype=torch.float32)
     draws = torch.rand(len(wanted), generator=torch.Generator().manual_seed(seed + epoch))
-    counts = wanted.trunc() + (draws < wanted.frac())
-    return torch.repeat_interleave(torch.arange(len(wanted)), counts.long()).tolist()
+    return (wanted.trunc() + (draws < wanted.frac())).long()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 
-from .augment import FILL, Geometry, adjust_colors, blur
+from .augment import FILL, Geometry, blur, color_matrix
 from .sample import Sample, VideoRecord
 
 
@@ -37,7 +36,7 @@ def render(plan: SamplePlan) -> Sample:
     Raises:
         DataError: a file of the record is damaged.
     """
-    return Sample(frames=_frames(plan), masks=_masks(plan), object_ids=list(plan.first), sample_id=plan.sample_id)
+    return Sample(frames=_frames(plan), masks=render_masks(plan), object_ids=list(plan.first), sample_id=plan.sample_id)
 
 
 def _frames(plan: SamplePlan) -> torch.Tensor:
@@ -47,24 +46,21 @@ def _frames(plan: SamplePlan) -> torch.Tensor:
     shown = [position for position, hidden in enumerate(plan.hidden) if not hidden]
     images = plan.record.frames([plan.frames[position] for position in shown])
     for position, image in zip(shown, images, strict=True):
-        # colors before geometry, which may add pixels of the neutral fill color
-        image = plan.geometry.image(adjust_colors(image, *plan.colors[position]))
-        cv2.split(blur(image, plan.sigma), list(out[position]))
+        plan.geometry.image(image, color_matrix(image, *plan.colors[position]), out[position])
+        blur(out[position], plan.sigma)
     for position in set(range(len(out))).difference(shown):
         out[position] = np.array(FILL, np.uint8)[:, None, None]
     return torch.from_numpy(out)
 
 
-def _masks(plan: SamplePlan) -> torch.Tensor:
+def render_masks(plan: SamplePlan) -> torch.Tensor:
     """bool [T, O, S, S]; objects are absent from hidden frames."""
     side = plan.geometry.side
-    out = np.zeros((len(plan.frames), len(plan.first), side, side), bool)
+    out = np.empty((len(plan.frames), len(plan.first), side, side), bool)
     out[0] = list(plan.first.values())
     for position, frame in enumerate(plan.frames[1:], start=1):
         if plan.hidden[position]:
-            continue
-        masks = plan.record.masks(frame)
-        for row, object_id in enumerate(plan.first):
-            if object_id in masks:
-                out[position, row] = plan.geometry.mask(masks[object_id])
+            out[position] = False
+        else:
+            plan.record.masks(frame).resampled(list(plan.first), plan.geometry, out[position])
     return torch.from_numpy(out)

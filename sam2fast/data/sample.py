@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+
+from sam2fast_kernels.masks import unpack_masks
 
 from ..config import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .masks import FrameMasks
 
 
 class DataError(UserError):
     """Data that cannot be used; the message names the file, what is wrong with it and the remedy."""
+
+
+class SizeMismatch(DataError):
+    """A mask or frame whose size is not that of its video or image."""
 
 
 class VideoRecord(Protocol):
@@ -44,6 +50,18 @@ class VideoRecord(Protocol):
         """Object id -> bool [H, W] of the objects that are visible in an annotated frame; absent ones are missing."""
         ...
 
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        """Pixels of each object visible in an annotated frame, and of the frame, as annotated. No frame is decoded."""
+        ...
+
+
+class EncodedRecord(VideoRecord, Protocol):
+    """A record whose frames are image files."""
+
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        """The files of frames, JPEG or PNG, checked as far as that is possible without decoding."""
+        ...
+
 
 class Dataset(Protocol):
     """A sequence of records."""
@@ -53,6 +71,10 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> VideoRecord: ...
+
+    def sources(self) -> Iterable[Path]:
+        """Files of annotations, or folders of them where they are too many."""
+        ...
 
 
 @dataclass
@@ -101,21 +123,67 @@ class Batch:
         )
         return Batch(frames, masks, object_to_clip, self.sample_ids)
 
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from where `to(device, non_blocking=True)` does not wait."""
-        frames, masks, object_to_clip = (
-            tensor.pin_memory() for tensor in (self.frames, self.masks, self.object_to_clip)
+    def pack(self) -> PackedBatch:
+        """The batch, on the CPU, with eight pixels of its masks to a byte."""
+        packed = np.packbits(self.masks.numpy(), axis=-1, bitorder="little")
+        return PackedBatch(
+            self.frames, torch.from_numpy(packed), self.masks.shape[-1], self.object_to_clip, self.sample_ids
         )
-        return Batch(frames, masks, object_to_clip, self.sample_ids)
+
+
+@dataclass
+class PackedBatch:
+    """A batch on its way through queues and buses. Masks of three objects are as many bytes as the frames; as bits they
+    are an eighth."""
+
+    frames: torch.Tensor
+    packed_masks: torch.Tensor
+    """uint8 [T, N, S, ceil(S / 8)] in the bit order of `sam2fast_kernels.masks.pack_masks`."""
+    width: int
+    """Pixels of a row of the masks."""
+    object_to_clip: torch.Tensor
+    sample_ids: list[str]
+
+    @property
+    def num_frames(self) -> int:
+        return self.frames.shape[1]
+
+    @property
+    def num_objects(self) -> int:
+        return self.packed_masks.shape[1]
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory, from where `copied(device, non_blocking=True)` does not wait."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def copied(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch with its tensors on `device`, still packed."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on `device`, its masks unpacked there."""
+        moved = self.copied(device, non_blocking)
+        if moved.packed_masks.device.type == "cpu":
+            bits = np.unpackbits(moved.packed_masks.numpy(), axis=-1, count=self.width, bitorder="little")
+            masks = torch.from_numpy(bits.view(bool))
+        else:
+            masks = unpack_masks(moved.packed_masks, self.width)
+        return Batch(moved.frames, masks, moved.object_to_clip, self.sample_ids)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        tensors = (self.frames, self.packed_masks, self.object_to_clip)
+        frames, packed_masks, object_to_clip = map(change, tensors)
+        return PackedBatch(frames, packed_masks, self.width, object_to_clip, self.sample_ids)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack clips of equal length and size; objects of all clips share one axis (`Batch.object_to_clip`)."""
     assert samples and len({sample.frames.shape for sample in samples}) == 1, [s.frames.shape for s in samples]
     counts = torch.tensor([sample.masks.shape[1] for sample in samples])
+    single = samples[0] if len(samples) == 1 else None  # whose tensors, tens of megabytes, are not copied
     return Batch(
-        frames=torch.stack([sample.frames for sample in samples]),
-        masks=torch.cat([sample.masks for sample in samples], dim=1),
+        frames=single.frames[None] if single else torch.stack([sample.frames for sample in samples]),
+        masks=single.masks if single else torch.cat([sample.masks for sample in samples], dim=1),
         object_to_clip=torch.repeat_interleave(torch.arange(len(samples)), counts),
         sample_ids=[sample.sample_id for sample in samples],
     )

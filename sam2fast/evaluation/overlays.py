@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import colorsys
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from ..data.drawing import draw_masks
 from .vos import FrameResult
 
 Masks = dict[int, np.ndarray]
@@ -15,28 +15,6 @@ _ROWS = ("image", "ground truth", "prediction", "first mask")
 _MARGIN = 104  # pixels left of the strip for the names of its rows
 _HEADER = 22
 _WHITE = (255, 255, 255)
-
-
-def object_color(object_id: int) -> tuple[int, int, int]:
-    """A vivid RGB color; steps of the golden ratio along the hue circle keep the first ids far apart."""
-    hue = (0.02 + object_id * 0.618034) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.95, 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def draw_masks(image: np.ndarray, masks: Masks, opacity: float = 0.6) -> np.ndarray:
-    """`image` (uint8 [H, W, 3] RGB) with each bool mask [H, W] tinted in its object's color and outlined in white.
-
-    The image loses most of its own color, so that what is colorful is a mask.
-    """
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    drawn = (0.25 * image + 0.75 * gray).astype(np.uint8)
-    for object_id, mask in sorted(masks.items()):
-        tint = np.array(object_color(object_id), np.float32)
-        drawn[mask] = (drawn[mask] * (1 - opacity) + tint * opacity).astype(np.uint8)
-        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(drawn, contours, -1, _WHITE, max(1, round(min(mask.shape) / 240)))
-    return drawn
 
 
 class OverlayWriter:

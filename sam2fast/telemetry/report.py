@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from ..config import BASELINE_SUFFIX
+from .bad_data import BAD_DATA_NAME, Listed, read_bad_data
 from .run_log import LOG_NAME, TENSORBOARD_NAME, read_log
 
 if TYPE_CHECKING:
@@ -39,9 +42,13 @@ FILES = {
     "config.yaml": "resolved configuration",
     CURVES_NAME: "loss and metric curves",
     "overlays": "predictions drawn on validation clips",
+    BAD_DATA_NAME: "videos and images that could not be used",
     LOG_NAME: "log",
     TENSORBOARD_NAME: "TensorBoard log",
 }
+
+LISTED = 20
+"""Most videos and images that could not be used that the summary shows; the file has all."""
 
 Points = tuple[np.ndarray, np.ndarray]
 """Steps and values of one tag."""
@@ -68,12 +75,15 @@ def write_curves(run_dir: str | os.PathLike) -> list[Path]:
 
 
 def summarize(run_dir: str | os.PathLike) -> Table:
-    """Stages (steps, time, losses), metrics beside their baselines, and where the files of a run lie."""
+    """Stages (steps, time, losses), metrics beside their baselines, what could not be used of the data, and where the
+    files of a run lie."""
     lines = read_log(run_dir)
     summary = Table.grid(padding=(1, 0, 0, 0))
     summary.add_row(_stage_table(lines))
     if _metrics(lines):
         summary.add_row(_metric_table(lines))
+    if bad := read_bad_data(run_dir):
+        summary.add_row(_bad_table(bad))
     summary.add_row(_file_table(Path(run_dir)))
     return summary
 
@@ -111,6 +121,19 @@ def _metric_table(lines: Sequence[dict[str, Any]]) -> Table:
         if len(baseline):
             row += [f"{baseline[-1]:.4g}", f"{values[-1] - baseline[-1]:+.4g}"]
         table.add_row(*row)
+    return table
+
+
+def _bad_table(bad: Sequence[Listed]) -> Table:
+    counts = Counter(record.dataset for record in bad)
+    listed = ", ".join(f"{count} of {dataset}" for dataset, count in counts.items())
+    table = Table(title=f"Videos and images that could not be used: {listed}", title_justify="left")
+    for column in ("dataset", "name", "reason"):
+        table.add_column(column, overflow="fold")
+    for record in bad[:LISTED]:
+        table.add_row(Text(record.dataset), Text(record.name), Text(record.reason))
+    if len(bad) > LISTED:
+        table.add_row("", f"and {len(bad) - LISTED} more", f"see {BAD_DATA_NAME}")
     return table
 
 

@@ -9,8 +9,8 @@ import pytest
 from sam2fast.config import AugmentConfig
 from sam2fast.data.augment import (
     FILL,
-    adjust_colors,
     blur,
+    color_matrix,
     draw_blur,
     draw_colors,
     draw_geometry,
@@ -23,6 +23,11 @@ OFF = {"flip": 0.0, "scale": (1.0, 1.0), "brightness": 0.0, "contrast": 0.0, "sa
 
 def draw(seed, size=(60, 80), **options):
     return draw_geometry(AugmentConfig(**{**OFF, **options}), size, SIDE, np.random.default_rng(seed))
+
+
+def look(geometry, image, *colors):
+    """uint8 [S, S, 3]"""
+    return geometry.image(image, *colors).transpose(1, 2, 0)
 
 
 def disk(height=60, width=80, y=30, x=40, radius=12):
@@ -47,24 +52,24 @@ def test_masks_move_with_their_frames(options, size):
     image = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, 2)
     for seed in range(4):
         geometry = draw(seed, size, **options)
-        moved, seen = geometry.mask(mask), geometry.image(image)[..., 0]
+        moved, seen = geometry.mask(mask), look(geometry, image)[..., 0]
         assert moved.shape == seen.shape == (SIDE, SIDE) and moved.dtype == bool
         assert ((seen > 127) == moved).mean() > 0.995  # the padding is below 127
 
 
 def test_plain_geometry_is_a_resize():
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    assert (plain_geometry((60, 80), SIDE).image(image) == cv2.resize(image, (SIDE, SIDE))).all()
-    assert (draw(0).image(image) == plain_geometry((60, 80), SIDE).image(image)).all()
-    assert (draw(0, flip=1.0).image(image) == plain_geometry((60, 80), SIDE).image(image)[:, ::-1]).all()
+    assert abs(look(plain_geometry((60, 80), SIDE), image).astype(int) - cv2.resize(image, (SIDE, SIDE))).max() <= 1
+    assert (look(draw(0), image) == look(plain_geometry((60, 80), SIDE), image)).all()
+    assert (look(draw(0, flip=1.0), image) == look(plain_geometry((60, 80), SIDE), image)[:, ::-1]).all()
 
 
 def test_shrinking_averages_areas():
     rows = np.zeros((SIDE * 4, SIDE, 3), np.uint8)
     rows[::4] = 200  # every 4th row: sampling sees 0 or 200, the area average is 50
     for image in (rows, rows.transpose(1, 0, 2)):
-        assert (plain_geometry(image.shape[:2], SIDE).image(image) == 50).all()
-        warped = draw(0, image.shape[:2], shear=1e-9).image(image)
+        assert (look(plain_geometry(image.shape[:2], SIDE), image) == 50).all()
+        warped = look(draw(0, image.shape[:2], shear=1e-9), image)
         assert abs(warped[4:-4, 4:-4].astype(int) - 50).max() <= 1
 
 
@@ -72,7 +77,7 @@ def test_shrinking_averages_areas():
 def test_a_warp_without_rotation_is_the_resize(size):
     image = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8), size[::-1])
     for flip in (0.0, 1.0):
-        warped, resized = draw(0, size, shear=1e-9, flip=flip).image(image), draw(0, size, flip=flip).image(image)
+        warped, resized = look(draw(0, size, shear=1e-9, flip=flip), image), look(draw(0, size, flip=flip), image)
         assert abs(warped.astype(int) - resized)[2:-2, 2:-2].max() <= 3
 
 
@@ -105,7 +110,7 @@ def test_scale_crops_or_pads_at_random_places():
         plain = plain_geometry((60, 80), SIDE).mask(disk())
         assert all(abs(mask.sum() / plain.sum() - scale**2) < 0.1 for mask in masks)
         assert len({tuple(np.argwhere(mask)[0]) for mask in masks}) > 6
-    padded = draw(0, scale=(0.5, 0.5)).image(np.zeros((60, 80, 3), np.uint8))
+    padded = look(draw(0, scale=(0.5, 0.5)), np.zeros((60, 80, 3), np.uint8))
     assert ((padded == 0).all(-1) | (padded == FILL).all(-1)).all() and (padded == 0).all(-1).mean() == 0.25
 
 
@@ -118,10 +123,19 @@ def test_colors_match_their_definition():
         spread = contrast * bright + (1 - contrast) * (bright @ weights).mean()
         return saturation * spread + (1 - saturation) * (spread @ weights)[..., None]
 
+    def adjusted(*factors):
+        return look(plain_geometry((32, 32), 32), image, color_matrix(image, *factors))
+
     for factors in ((1.2, 1, 1), (1, 0.7, 1), (1, 1, 1.3), (0.8, 1.2, 0.5), (1, 1, 0)):
-        assert abs(adjust_colors(image, *factors) - expected(*factors)).max() <= 1, factors
-    assert adjust_colors(image, 1, 1, 1) is image
-    assert adjust_colors(image, 2, 1, 1).max() == 255
+        assert abs(adjusted(*factors) - expected(*factors)).max() <= 0.51, factors
+    assert (adjusted(1, 1, 1) == image).all()
+    assert adjusted(2, 1, 1).max() == 255
+
+
+def test_colors_leave_the_surroundings_alone():
+    image = np.full((60, 80, 3), 200, np.uint8)
+    dark = look(draw(0, scale=(0.5, 0.5)), image, color_matrix(image, 0.5, 1, 1))
+    assert sorted(set(map(tuple, dark.reshape(-1, 3).tolist()))) == [(100, 100, 100), FILL]
 
 
 def test_color_factors_of_a_clip():
@@ -139,5 +153,48 @@ def test_blur():
     rng = np.random.default_rng(0)
     sigmas = [draw_blur(AugmentConfig(blur=0.5), 1024, rng) for _ in range(200)]
     assert 60 < sum(sigma > 0 for sigma in sigmas) < 140 and max(sigmas) <= 2
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert blur(image, 0.0) is image and blur(image, 2.0).std() < image.std() / 2
+    planes = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    same, soft = planes.copy(), planes.copy()
+    blur(same, 0.0)
+    blur(soft, 2.0)
+    assert (same == planes).all() and soft.std() < planes.std() / 2
+    assert (soft[1] == cv2.GaussianBlur(planes[1], (0, 0), 2.0)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": 1.0}, {"scale": (1.3, 1.3)}, {"degrees": 30.0, "shear": 15.0}])
+def test_a_mosaic_shows_the_frame_four_times_and_the_objects_once(options):
+    mask = disk()
+    image = np.where(mask[..., None], np.uint8(255), np.uint8(20)) * np.ones(3, np.uint8)
+    half, cells, flips = SIDE // 2, set(), set()
+    for seed in range(12):
+        geometry = draw(seed, mosaic=1.0, **options)
+        seen, moved = look(geometry, image)[..., 0], geometry.masks([mask, ~mask])
+        assert seen.shape == (SIDE, SIDE) and moved.shape == (2, SIDE, SIDE)
+        corners = [(slice(y, y + half), slice(x, x + half)) for y in (0, half) for x in (0, half)]
+        plain = geometry.cell.image(image)[0]
+        for place, flip in zip(corners, geometry.mosaic.flips, strict=True):
+            assert (seen[place] == (plain[:, ::-1] if flip else plain)).all()
+        chosen = corners[geometry.mosaic.cell]
+        assert ((seen[chosen] > 127) == moved[0][chosen]).mean() > 0.99
+        assert moved[:, *chosen].sum() == moved.sum() > 0
+        cells.add(geometry.mosaic.cell)
+        flips.update(geometry.mosaic.flips)
+    assert len(cells) > 2 and flips == {False, True}
+    assert draw(0, **options).mosaic is None
+
+
+def test_many_masks_move_as_each_alone():
+    rng = np.random.default_rng(0)
+    masks = [disk(y=rng.integers(60), x=rng.integers(80), radius=rng.integers(1, 30)) for _ in range(19)]
+    for size_options in ({"degrees": 20.0}, {"scale": (0.7, 0.7), "flip": 1.0}):
+        geometry = draw(3, **size_options)
+        assert (geometry.masks(masks) == np.stack([geometry.mask(mask) for mask in masks])).all()
+    assert geometry.masks([]).shape == (0, SIDE, SIDE)
+
+
+def test_the_affine_map_of_a_crop_says_where_its_pixels_go():
+    for seed in range(6):
+        for options in ({"scale": (1.4, 1.4)}, {"scale": (0.6, 0.6)}, {"degrees": 20.0}):
+            geometry = draw(seed, flip=0.5, **options)
+            rows, columns = np.nonzero(geometry.mask(disk(y=30, x=40, radius=8)))
+            assert abs(geometry.affine() @ [40, 30, 1] - [columns.mean(), rows.mean()]).max() < 0.5

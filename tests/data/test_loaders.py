@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 
 from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
+from sam2fast.data.bad_records import BadRecords
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.loaders import build_loader
-from sam2fast.data.sample import DataError, Sample, collate
+from sam2fast.data.sample import Batch, DataError, Sample, collate
 from sam2fast.data.sampling import ClipDataset
+from sam2fast.data.transfer import Transfer
+from sam2fast_kernels.masks import pack_masks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,6 +39,7 @@ def take(count, *args, **kwargs):
 
 
 def same(a, b):
+    a, b = a.to("cpu"), b.to("cpu")
     return (
         a.sample_ids == b.sample_ids
         and torch.equal(a.frames, b.frames)
@@ -80,7 +84,22 @@ def test_ranks_share_one_sequence(dataset):
 
 def test_a_resumed_loader_continues_exactly(dataset):
     whole = take(6, dataset, 2, rank=1, world_size=2)
-    assert all(same(a, b) for a, b in zip(take(3, dataset, 2, rank=1, world_size=2, start=3), whole[3:], strict=True))
+    assert all(same(a, b) for a, b in zip(take(3, dataset, 2, rank=1, world_size=2, start=12), whole[3:], strict=True))
+
+
+def test_another_number_of_ranks_continues_with_the_next_sample(dataset):
+    """Three steps of two ranks, then others with other batches and micro-batches: every sample of an epoch once."""
+    whole = [name for batch in take(21, dataset, 1) for name in batch.sample_ids]
+    seen: list[str] = []
+    for steps, world_size, batch_size, accumulate in ((3, 1, 1, 1), (2, 2, 2, 1), (1, 3, 1, 2), (1, 1, 4, 1)):
+        ranks = [
+            iter(take(steps * accumulate, dataset, batch_size, rank, world_size, start=len(seen)))
+            for rank in range(world_size)
+        ]
+        for _ in range(steps * accumulate):
+            seen += [name for rank in ranks for name in next(rank).sample_ids]
+    assert seen == whole
+    assert all(len({name.split("@")[0] for name in seen[first : first + 7]}) == 7 for first in (0, 7, 14))
 
 
 def test_a_defect_is_one_error(video_folder):
@@ -94,8 +113,8 @@ def test_a_defect_is_one_error(video_folder):
 
 
 def test_workers_change_nothing_and_end_with_their_loader(dataset):
-    loader = build_loader(dataset, 2, start=1, workers=2)
-    assert all(same(a, b) for a, b in zip(itertools.islice(loader, 5), take(5, dataset, 2, start=1), strict=True))
+    loader = build_loader(dataset, 2, start=2, workers=2)
+    assert all(same(a, b) for a, b in zip(itertools.islice(loader, 5), take(5, dataset, 2, start=2), strict=True))
     assert len(multiprocessing.active_children()) == 2
     loader.close()
     del loader
@@ -124,13 +143,53 @@ def test_a_killed_worker_is_one_error(dataset):
             next(loader)
 
 
+def test_a_sample_that_ends_its_worker_is_named(video_folder, tmp_path):
+    """One record makes its process exit, as a crash inside a decoder would; another one gets it killed."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
+from sam2fast.data.formats import open_dataset
+from sam2fast.data.formats.video_folder import FolderVideo
+from sam2fast.data.loaders import build_loader
+from sam2fast.data.sample import DataError
+from sam2fast.data.sampling import ClipDataset
+frames = FolderVideo.frames
+def fatal(self, indices):
+    if self.name == "c":
+        os._exit(3)
+    if self.name == "e":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return frames(self, indices)
+FolderVideo.frames = fatal
+if __name__ == "__main__":
+    dataset = open_dataset(DatasetConfig(root={str(video_folder({key: 2 for key in "abcdef"}))!r}), "davis", 0)
+    clips = ClipDataset(dataset, MixItem(dataset="davis"), AugmentConfig(), 32, 0)
+    order = [clips.draw(number, lambda plan: plan.record.name) for number in range(6)]
+    for name in "ce":
+        try:
+            for batch in build_loader(clips, 1, workers=1, start=order.index(name)):
+                print(batch.sample_ids)
+        except DataError as error:
+            print(order.index(name), error)
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    for name, line in zip("ce", done.stdout.splitlines(), strict=True):
+        number = line.split(" ")[0]
+        assert f"while it loaded sample {number} of dataset 'davis', '{name}' (" in line, done.stderr[-2000:]
+
+
 def test_workers_end_with_a_killed_trainer(video_folder, tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
+from sam2fast_kernels.masks import pack_masks
+
 from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
 from sam2fast.data.formats import open_dataset
+from sam2fast.data.bad_records import BadRecords
 from sam2fast.data.loaders import build_loader
 from sam2fast.data.sampling import ClipDataset
 if __name__ == "__main__":
@@ -159,3 +218,78 @@ def _alive(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("width", [32, 61, 7])
+def test_packed_masks_are_exact(width):
+    masks = torch.rand(3, 5, 9, width, generator=torch.Generator().manual_seed(0)) > 0.5
+    frames = torch.zeros(1, 3, 3, 9, width, dtype=torch.uint8)
+    batch = Batch(frames, masks, torch.zeros(5, dtype=torch.int64), ["clip"])
+    packed = batch.pack()
+    assert torch.equal(packed.packed_masks, pack_masks(masks)) and same(packed, batch)
+    assert (packed.num_frames, packed.num_objects) == (3, 5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_transfer_gives_batches_in_order(dataset, device):
+    """Also while the device is busy, and where memory of a batch is free for the next one before it was read."""
+    batches = take(8, dataset, 2, pin_memory=device == "cuda")
+    transfer, sums = Transfer(torch.device(device)), []
+    ballast = torch.randn(1500, 1500, device=device)
+    transfer.start(batches[0])
+    for following in [*batches[1:], None]:
+        batch = transfer.take()
+        assert batch.masks.dtype == torch.bool and batch.masks.device.type == device
+        if following is not None:
+            transfer.start(following)
+        if device == "cuda":
+            for _ in range(20):
+                ballast = ballast @ ballast.t() / 1500
+        sums.append(torch.stack([batch.frames.sum(), batch.masks.sum()]))
+        del batch
+    whole = [batch.to("cpu") for batch in batches]
+    assert torch.stack(sums).tolist() == [[batch.frames.sum().item(), batch.masks.sum().item()] for batch in whole]
+
+
+@pytest.fixture
+def damaged(video_folder):
+    """Ten videos, of which two cannot be decoded."""
+    root = video_folder({name: 3 for name in "abcdefghij"})
+    for name in "dh":
+        for path in (root / "JPEGImages" / name).iterdir():
+            path.write_bytes(path.read_bytes()[:-200])
+    return clips(root)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_records_are_replaced_and_counted(damaged, workers):
+    bad = BadRecords({"davis": 10}, 0.2)
+    loader = build_loader(damaged, 1, workers=workers, bad_records=bad)
+    ids = [next(loader).sample_ids[0] for _ in range(20)]
+    loader.close()
+    videos = [name.split("@")[0].removeprefix("davis/") for name in ids]
+    order = [damaged.draw(number, lambda plan: plan.record.name) for number in range(20)]
+    assert all(video == expected for video, expected in zip(videos, order, strict=True) if expected not in "dh")
+    assert not {"d", "h"} & set(videos) and sum(name in "dh" for name in order) == 4
+    again = [batch.sample_ids[0] for batch in take(8, damaged, 1, start=12, bad_records=BadRecords({"davis": 10}, 1))]
+    assert again == ids[12:]  # what replaces a record depends on the number of the sample alone
+    found = bad.take_new()
+    assert len(bad) == 2 and sorted(record.name for record in found) == ["d", "h"] and not bad.take_new()
+    assert all(record.dataset == "davis" and "cannot decode" in record.reason for record in found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_records_are_an_error(damaged, workers):
+    bad = BadRecords({"davis": 10}, 0.1)
+    with pytest.raises(DataError, match="2 of the 10 .* of dataset 'davis' .*data.max_bad_share=0.1 .*cannot decode"):
+        for _ in zip(range(20), build_loader(damaged, 1, workers=workers, bad_records=bad), strict=False):
+            pass
+    assert len(bad) == 2
+
+
+def test_a_dataset_of_bad_records_is_an_error(video_folder):
+    root = video_folder({name: 1 for name in "abc"})
+    bad = BadRecords({"davis": 3}, 1)
+    with pytest.raises(DataError, match="1 annotated frames"):
+        next(build_loader(clips(root), 1, bad_records=bad))
+    assert len(bad) == 3

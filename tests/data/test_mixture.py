@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sam2fast.config import MixItem, StageConfig
-from sam2fast.data.mixture import Mixture, official_order, repeat_indices
+from sam2fast.data.mixture import Mixture, official_order, repeat_counts, repeat_indices
+from sam2fast.data.order import SampleOrder
 
 ORACLE = Path(__file__).resolve().parents[1] / "parity" / "oracle.pt"
 
@@ -49,6 +50,30 @@ def test_position_counts_earlier_steps(mode):
     mix = mixture([2, 1, 3], mode)
     for step in (0, 1, 50, 299):
         assert [mix.position(item, step) for item in range(3)] == [steps[:step].count(item) for item in range(3)]
+
+
+@pytest.mark.parametrize("mode", ["alternate", "probability"])
+def test_every_source_goes_through_its_epochs(mode):
+    """Weights by size of the source, as in the paper: no sample of a source is lost or repeated within its epochs."""
+    weights, batch, sizes = [0.152, 0.7, 0.148], 4, (15, 70, 14)
+    mix = mixture(weights, mode)
+    orders = [SampleOrder(size, [0, 0, index]) for index, size in enumerate(sizes)]
+    seen: list[list[int]] = [[], [], []]
+    for step in range(3000):
+        item = mix.item(step)
+        first = mix.position(item, step) * batch
+        seen[item] += [orders[item][number].record for number in range(first, first + batch)]
+    for size, records, weight in zip(sizes, seen, weights, strict=True):
+        assert abs(len(records) / (3000 * batch) - weight) < 0.03
+        epochs = [records[start : start + size] for start in range(0, len(records) - size, size)]
+        assert len(epochs) > 100 and all(sorted(epoch) == list(range(size)) for epoch in epochs)
+
+
+def test_repeats_are_one_implementation():
+    factors = [2.0, 1.5, 0.25, 1.0]
+    for epoch in range(20):
+        expected = np.repeat(np.arange(4), repeat_counts(factors, epoch, 7).numpy())
+        assert repeat_indices(factors, epoch, 7) == expected.tolist()
 
 
 def test_official_orders():

@@ -6,7 +6,8 @@ import av
 import cv2
 import numpy as np
 
-from sam2fast.evaluation.overlays import OverlayWriter, draw_masks, object_color
+from sam2fast.data.drawing import draw_masks, object_color
+from sam2fast.evaluation.overlays import OverlayWriter
 from sam2fast.evaluation.vos import FrameResult
 
 

@@ -71,6 +71,29 @@ def test_masks_are_taken_as_output_and_tracked(model):
     assert torch.equal(output.frames[2].steps[0].full_res > 0, batch.masks[2][:, None])
 
 
+@pytest.mark.parametrize(("mode", "box"), [("mask", False), ("point", False), ("point", True)])
+def test_an_object_that_the_first_frame_lacks_is_prompted_as_absent(model, mode, box):
+    """Its mask is empty; its click is a negative one, outside of nothing; the corners of its box are out of order."""
+    batch = make_batch(2)
+    batch.masks[0, 1] = False
+    plan = RolloutPlan(2, "mask", (0,)) if mode == "mask" else points_plan(2, correct=(), box=(box,))
+    output = rollout(model, batch, plan)
+    steps = [step for frame in output.frames for step in frame.steps]
+    assert all(torch.isfinite(value).all() for step in steps for value in (step.low_res, step.ious, step.object_score))
+    sum(step.low_res.mean() + step.object_score.mean() for step in steps).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    if mode == "mask":
+        score = output.frames[0].steps[0].object_score.flatten() > 0
+        assert score.tolist() == [True, False, True]
+        return
+    coordinates, labels = output.frames[0].points[0]
+    if box:
+        assert (coordinates[:, 0] < coordinates[:, 1]).all(1).tolist() == [True, False, True]
+        assert (coordinates[1, 0] > coordinates[1, 1]).all()
+    else:
+        assert labels.flatten().tolist() == [1, 0, 1]
+
+
 def test_points_and_corrections(model):
     batch = make_batch(3)
     plan = points_plan(3, init=(0,), correct=(0, 2), click_from_gt=((False, True), (False, False)))

@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from sam2fast.telemetry.bad_data import BadDataLog, Listed, read_bad_data
 from sam2fast.telemetry.report import summarize, write_curves
 
 
@@ -99,3 +100,24 @@ def test_a_run_without_numbers_can_be_reported(tmp_path, lines):
 def test_a_folder_without_a_log_can_be_reported(tmp_path):
     assert write_curves(tmp_path) == []
     shown(summarize(tmp_path))
+
+
+def test_data_that_could_not_be_used_is_listed_once_and_counted(run_dir):
+    log = BadDataLog(run_dir)
+    assert "could not be used" not in shown(summarize(run_dir)) and not log.path.exists()
+    entries = [Listed("sa1b", f"sa_{number}", f"cannot decode sa_{number}.jpg [cut off]") for number in range(25)]
+    log.write(entries[:1])
+    log.write(entries)
+    with log.path.open("a") as file:
+        file.write('{"dataset": "sa1b", "na')  # killed while it wrote
+    assert read_bad_data(run_dir) == entries
+    BadDataLog(run_dir, enabled=False).write([Listed("sav", "a", "other rank")])
+    assert read_bad_data(run_dir) == entries
+    text = shown(summarize(run_dir))
+    assert "25 of sa1b" in text and "and 5 more" in text
+    assert cells(text, "sa1b") == ["sa1b", "sa_0", "cannot decode sa_0.jpg [cut off]"]
+    more = Listed("sav", "b", "after a resume")
+    BadDataLog(run_dir, resuming=True).write([*entries, more])
+    assert read_bad_data(run_dir) == [*entries, more]
+    BadDataLog(run_dir)
+    assert not read_bad_data(run_dir)

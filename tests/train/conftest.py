@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sam2fast.data.synthetic import write_dataset
@@ -51,8 +54,8 @@ stages:
     accumulate: 2
     mixture: alternate
     data:
-      - {dataset: images, batch_size: 2, max_objects: 2}
-      - {dataset: videos, frames: 3, batch_size: 1, max_objects: 2, occlusion: {probability: 0.5, max_frames: 1}}
+      - {dataset: images, batch_size: 2, max_objects: 2, balance: true}
+      - {dataset: videos, frames: 3, max_objects: 2, balance: true, occlusion: {probability: 0.5, max_frames: 1}}
     prompts: *prompts
     optim: *optim
 validation:
@@ -76,7 +79,7 @@ data:
 stages:
   - name: video
     steps: 4
-    data: [{dataset: videos, frames: 3, batch_size: 1, max_objects: 2}]
+    data: [{dataset: videos, frames: 3, batch_size: 1, max_objects: 2, balance: true}]
     prompts: {video: {mask: 1, click: 0, box: 0}, init_frames: 1, corrected_frames: 0}
     loss: {temporal: 0.5}
     optim: {lr: 1.0e-3}
@@ -123,8 +126,9 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": tools}
 
 
-def run(arguments: list[str], cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+def run(arguments: list[str], cwd: Path, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
+    env = {**environment(), **variables}
+    return subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def train(
@@ -140,3 +144,21 @@ def losses(output: Path) -> dict[int, float]:
     """Training loss by step, from the log."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def kill_at(arguments: list[str], output: Path, step: int, **variables: str) -> None:
+    """Start training and kill every process of it when `step` is in the log."""
+    env = {**environment(), **variables}
+    process = subprocess.Popen(
+        arguments, cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not ((output / "log.jsonl").is_file() and max(losses(output), default=0) >= step):
+        assert process.poll() is None and time.monotonic() < deadline, "training ended before it could be killed"
+        time.sleep(0.02)
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        try:
+            each.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()

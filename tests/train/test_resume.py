@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, TORCHRUN, command, environment, losses, run, train
+from conftest import DEEPSPEED, PYTHON, TORCHRUN, command, kill_at, losses, run, train
 
 from sam2fast.models.official import from_official
 
 LAST_STEP = 10
-
-
-def kill_at(arguments: list[str], output: Path, step: int) -> None:
-    """Start training and kill every process of it when `step` is in the log."""
-    process = subprocess.Popen(
-        arguments, cwd=output.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while not ((output / "log.jsonl").is_file() and max(losses(output), default=0) >= step):
-        assert process.poll() is None and time.monotonic() < deadline, "training ended before it could be killed"
-        time.sleep(0.02)
-    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        try:
-            each.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
-    process.wait()
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

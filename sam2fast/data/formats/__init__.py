@@ -31,6 +31,24 @@ def open_dataset(config: DatasetConfig, name: str, seed: int) -> Dataset:
         DataError: missing or unrecognized folder, annotations without their images or videos, nothing left to use.
             Defects inside a file are raised when a record reads it.
     """
+    config = resolve(config, name)
+    if config.format == "video_folder":
+        from .video_folder import open_video_folder as opener
+    elif config.format == "sav":
+        from .sav import open_sav as opener
+    elif config.format == "sa1b":
+        from .sa1b import open_sa1b as opener
+    else:
+        from .coco import open_coco as opener
+    return opener(config, name, seed)
+
+
+def resolve(config: DatasetConfig, name: str) -> DatasetConfig:
+    """The configuration with the format that `auto` stands for and paths as they are on disk.
+
+    Raises:
+        DataError: missing or unrecognized folder.
+    """
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise DataError(_missing_folder(root, config.format, name))
@@ -42,15 +60,7 @@ def open_dataset(config: DatasetConfig, name: str, seed: int) -> Dataset:
         )
     config = config.model_copy(update={"root": str(root), "annotations": annotations})
     format_name = _recognize(root, config, name) if config.format == "auto" else config.format
-    if format_name == "video_folder":
-        from .video_folder import open_video_folder as opener
-    elif format_name == "sav":
-        from .sav import open_sav as opener
-    elif format_name == "sa1b":
-        from .sa1b import open_sa1b as opener
-    else:
-        from .coco import open_coco as opener
-    return opener(config, name, seed)
+    return config.model_copy(update={"format": format_name})
 
 
 def _recognize(root: Path, config: DatasetConfig, name: str) -> str:

@@ -12,8 +12,19 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, polygons_to_runs, run_length_masks
+from ..defects import report, tolerated
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
+from ..masks import FrameMasks, annotated_areas, check_size, polygons_to_rle, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -38,19 +49,35 @@ class CocoImage:
         image = decode_image(self._bytes, self._path)
         return [image for _ in indices]
 
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        assert not any(indices), indices
+        check_image(self._bytes, self._path)
+        return [self._bytes for _ in indices]
+
     def masks(self, frame: int) -> FrameMasks:
         assert frame == 0, frame
-        drawn_on = (self._entry["height"], self._entry["width"])
-        check_size(drawn_on, self.size, f"{self._json}, image {self.name}", self._warn)
-        runs = {}
+        check_size(self._drawn_on, self.size, f"{self._json}, image {self.name}", self._warn)
+        return run_length_masks(self._run_lengths(), self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        assert frame == 0, frame
+        return annotated_areas(self._run_lengths())
+
+    @property
+    def _drawn_on(self) -> tuple[int, int]:
+        """Height and width that the polygons were drawn on."""
+        return self._entry["height"], self._entry["width"]
+
+    def _run_lengths(self) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        rles = {}
         for object_id, segmentation in self._entry["objects"]:
             source = f"{self._json}, annotation {object_id} (image {self.name})"
-            if isinstance(segmentation, dict):
-                runs[object_id] = parse_rle(segmentation, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
-            else:
-                runs[object_id] = polygons_to_runs(segmentation, drawn_on, source)
-        return run_length_masks(runs, self.size)
+            with tolerated():
+                is_rle = isinstance(segmentation, dict)
+                rle = segmentation if is_rle else polygons_to_rle(segmentation, self._drawn_on, source)
+                rles[object_id] = rle, source
+        return rles
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -75,6 +102,9 @@ class CocoDataset:
         path, entry = Path(self._paths[index].decode()), json.loads(self._entries[index])
         return CocoImage(self._names[index].decode(), path, entry, self._json, self._warn)
 
+    def sources(self) -> list[Path]:
+        return [self._json]
+
 
 def open_coco(config: DatasetConfig, name: str, seed: int) -> CocoDataset:
     """Open a dataset in COCO layout; see `formats.open_dataset`."""
@@ -93,12 +123,14 @@ def open_coco(config: DatasetConfig, name: str, seed: int) -> CocoDataset:
             paths[image] = path
     lost = [image for image in names if image not in paths]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} of {len(names)} images of {json_path} are missing: "
             f"{shorten([entries[image]['file_name'] for image in lost])}; looked in "
             f"{', '.join(map(str, folders))}; correct `root`, or name the images in `exclude`"
         )
-    return CocoDataset(name, [(image, paths[image], entries[image]) for image in names], json_path)
+        needs = {image: f"{json_path} needs {entries[image]['file_name']}, which is not there" for image in lost}
+        report(error, "annotations without images", needs)
+    return CocoDataset(name, [(image, path, entries[image]) for image, path in paths.items()], json_path)
 
 
 def _find_json(config: DatasetConfig, name: str) -> Path:

@@ -1,24 +1,36 @@
 """SA-1B: NAME.jpg with NAME.json, in folders and in tar files, which are read in place through an index.
 
-Scanning the headers of a large tar takes long, so the index of NAME.tar is kept beside it as NAME.tar.index.npz (where
-that folder can be written) and used as long as the tar's size and time do not change.
+Scanning the headers of a large tar takes long, so the index of NAME.tar is kept as NAME.tar.members.npz (see
+`data.cache`). The whole dataset has 11 million images: tables are arrays, and no Python object is made per image.
 """
 
 from __future__ import annotations
 
-import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ...config import DatasetConfig
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, decode_image, image_size, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..cache import Arrays, cached
+from ..defects import is_collecting, note_warning, report, tolerated
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    image_size,
+    list_files,
+    parse_json,
+    read_bytes,
+)
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from .selection import select, shorten
 
@@ -59,15 +71,30 @@ class Sa1bImage:
         image = decode_image(self._bytes, self._image)
         return [image for _ in indices]
 
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        assert not any(indices), indices
+        check_image(self._bytes, self._image)
+        return [self._bytes for _ in indices]
+
     def masks(self, frame: int) -> FrameMasks:
         """Object ids are the positions in the file's list."""
         assert frame == 0, frame
-        runs = {}
-        for number, annotation in enumerate(self._annotations):
-            source = f"{self._annotation}, annotation {number}"
-            runs[number] = parse_rle(annotation.get("segmentation") if isinstance(annotation, dict) else None, source)
-            check_size(runs[number][0], self.size, source, self._warn)
-        return run_length_masks(runs, self.size)
+        return run_length_masks(self._run_lengths, self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        assert frame == 0, frame
+        return annotated_areas(self._run_lengths)
+
+    @property
+    def _run_lengths(self) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            number: (
+                annotation.get("segmentation") if isinstance(annotation, dict) else None,
+                f"{self._annotation}, annotation {number}",
+            )
+            for number, annotation in enumerate(self._annotations)
+        }
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -85,105 +112,180 @@ class Sa1bImage:
         return annotations
 
 
-class Sa1bDataset:
-    """Dataset of `Sa1bImage`s. The table of millions of images is kept in tensors (see `files.Packed`)."""
+@dataclass(frozen=True)
+class _Table:
+    """Files by name without suffix, ascending; of several of one name the one that was found last."""
 
-    def __init__(self, name: str, pairs: list[tuple[str, _Place, _Place]]):
+    names: np.ndarray
+    """bytes [N]"""
+    members: np.ndarray
+    """bytes [N], what the folder or tar file calls them"""
+    spans: np.ndarray
+    """int64 [N, 3]: which folder or tar file, offset and size there (size -1 for a file of its own)"""
+
+    def path(self, row: int, containers: Sequence[str]) -> str:
+        """Where a file lies."""
+        container, _, size = self.spans[row].tolist()
+        separator = "/" if size == _WHOLE_FILE else ":"
+        return f"{containers[container]}{separator}{self.members[row].decode()}"
+
+    def find(self, names: np.ndarray) -> np.ndarray:
+        """Row of each of `names`, -1 where it is missing."""
+        if not len(self.names):
+            return np.full(len(names), -1)
+        rows = np.minimum(np.searchsorted(self.names, names), len(self.names) - 1)
+        return np.where(self.names[rows] == names, rows, -1)
+
+
+class Sa1bDataset:
+    """Dataset of `Sa1bImage`s. The table of millions of images lies in tensors, which loader processes share; copies of
+    them, or Python objects, would fill the memory of each."""
+
+    def __init__(self, name: str, containers: Sequence[str], images: _Table, annotations: _Table):
+        """`images` and `annotations`: of equal names; the first of their `spans` is an index of `containers`."""
         self.name = name
-        self._names = Packed(image_name.encode() for image_name, _, _ in pairs)
-        places = [place for _, *pair in pairs for place in pair]
-        self._paths = Packed("\0".join(place[:2]).encode() for place in places)
-        self._spans = torch.tensor([place[2:] for place in places], dtype=torch.int64).reshape(-1, 2, 2)
+        self._containers = Packed(container.encode() for container in containers)
+        self._names = _as_tensor(images.names)
+        self._members = [_as_tensor(table.members) for table in (images, annotations)]
+        self._spans = torch.from_numpy(np.stack([images.spans, annotations.spans], 1))
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Sa1bImage:
-        image, annotation = (
-            _Place(*self._paths[2 * index + part].decode().split("\0"), *self._spans[index, part].tolist())
-            for part in (0, 1)
-        )
-        return Sa1bImage(self._names[index].decode(), image, annotation, self._warn)
+        return Sa1bImage(_as_text(self._names[index]), self._place(index, 0), self._place(index, 1), self._warn)
+
+    def _place(self, index: int, part: int) -> _Place:
+        container, offset, size = self._spans[index, part].tolist()
+        path, member = self._containers[container].decode(), _as_text(self._members[part][index])
+        return _Place(f"{path}/{member}") if size == _WHOLE_FILE else _Place(path, member, offset, size)
+
+    def sources(self) -> list[Path]:
+        """Tar files, and the folders of single files."""
+        used = self._spans[:, 1, 0].unique().tolist()
+        return [Path(self._containers[container].decode()) for container in used]
 
 
 def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
     """Open a dataset in SA-1B layout; see `formats.open_dataset`."""
-    images, annotations = _scan(Path(config.root))
+    containers = _contents(Path(config.root))
+    images = _table(containers.values(), json=False)
     if config.annotations:
-        annotations.update(_scan(Path(config.annotations))[1])
-    names = sorted(annotations)
-    if not images or not names:
+        containers |= _contents(Path(config.annotations))
+    annotations = _table(containers.values(), json=True)
+    counts = len(images.names), len(annotations.names)
+    if not all(counts):
         raise DataError(
-            f"dataset {name!r}: {config.root} holds {len(images)} images and {len(names)} JSON files; "
+            f"dataset {name!r}: {config.root} holds {counts[0]} images and {counts[1]} JSON files; "
             "expected NAME.jpg with NAME.json each, or .tar files of them (not compressed)"
         )
-    names = [names[index] for index in select(names, config, name, seed)]
-    lost = [image for image in names if image not in images]
+    names = annotations.names[select(_Names(annotations.names), config, name, seed)]
+    rows = images.find(names)
+    lost = [text.decode() for text in names[rows < 0]]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotations have no image: {shorten(lost)} "
-            f"({annotations[lost[0]]} needs {lost[0]}.jpg); add the images, or name them in `exclude`"
+            f"({lost[0]}.json needs {lost[0]}.jpg); add the images, or name them in `exclude`"
         )
-    return Sa1bDataset(name, [(image, images[image], annotations[image]) for image in names])
+        needs = {
+            text.decode(): f"{annotations.path(row, list(containers))} needs {text.decode()}.jpg, which is not there"
+            for text, row in zip(names[rows < 0], annotations.find(names[rows < 0]), strict=True)
+        }
+        report(error, "annotations without images", needs)
+    if is_collecting():
+        unused = np.flatnonzero(annotations.find(images.names) < 0)
+        texts = {images.names[row].decode(): images.path(row, list(containers)) for row in unused}
+        notes = {text: f"{path} has no {text}.json" for text, path in texts.items()}
+        note_warning("images without annotations, which are not used", notes)
+    names, rows = names[rows >= 0], rows[rows >= 0]
+    return Sa1bDataset(name, list(containers), _rows(images, rows), _rows(annotations, annotations.find(names)))
 
 
-def _scan(root: Path) -> tuple[dict[str, _Place], dict[str, _Place]]:
-    """Images and annotations below a folder, by name."""
-    images: dict[str, _Place] = {}
-    annotations: dict[str, _Place] = {}
+class _Names(Sequence[str]):
+    """Text of a table's names, one at a time."""
+
+    def __init__(self, names: np.ndarray):
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [text.decode() for text in self._names[index]]
+        return self._names[index].decode()
+
+
+def _contents(root: Path) -> dict[str, Arrays]:
+    """Images and JSON files by the path of the folder, or tar file, that holds them; see `_index`."""
+    found: dict[str, Arrays] = {}
     for folder, files in list_files(root, (*IMAGE_SUFFIXES, ".json", ".tar")):
+        loose = [file for file in files if not file.lower().endswith(".tar")]
+        if loose:
+            found[str(folder)] = _index((file, 0, _WHOLE_FILE) for file in loose)
         for file in files:
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() == ".tar":
-                for place in _tar_members(folder / file):
-                    stem, suffix = os.path.splitext(os.path.basename(place.member))
-                    (annotations if suffix.lower() == ".json" else images)[stem] = place
-            else:
-                (annotations if suffix.lower() == ".json" else images)[stem] = _Place(str(folder / file))
-    return images, annotations
+            if file.lower().endswith(".tar"):
+                with tolerated():
+                    path = folder / file
+                    found[str(path)] = cached(path, "members", lambda path=path: _read_tar(path))
+    return found
 
 
-def _tar_members(path: Path) -> list[_Place]:
-    """Images and JSON files of a tar file."""
-    state = path.stat()
-    stamp = np.array([state.st_size, state.st_mtime_ns])
-    index = path.with_name(f"{path.name}.index.npz")
-    if index.is_file():
-        try:
-            with np.load(index) as stored:
-                if (stored["stamp"] == stamp).all():
-                    return [
-                        _Place(str(path), name, offset, size)
-                        for name, (offset, size) in zip(stored["names"].tolist(), stored["spans"].tolist(), strict=True)
-                    ]
-        except (OSError, ValueError, KeyError, EOFError):
-            pass  # written by something else, or damaged: it is only a cache
+def _read_tar(path: Path) -> Arrays:
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [
+            return _index(
                 (member.name, member.offset_data, member.size)
                 for member in tar
                 if member.isfile() and member.name.lower().endswith((*IMAGE_SUFFIXES, ".json"))
-            ]
+            )
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"cannot read {path}: {error}; it is damaged, cut off or compressed: restore or unpack it"
         ) from None
-    _write_index(index, members, stamp)
-    return [_Place(str(path), *member) for member in members]
 
 
-def _write_index(path: Path, members: list[tuple[str, int, int]], stamp: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(
-                file,
-                names=np.array([member[0] for member in members], dtype=np.str_),
-                spans=np.array([member[1:] for member in members], dtype=np.int64).reshape(-1, 2),
-                stamp=stamp,
-            )
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a read-only dataset: the tar is scanned at each start
+def _index(members: Iterable[tuple[str, int, int]]) -> Arrays:
+    """Arrays of files (path, offset, size): `members` the paths, `stems` their names without folder and suffix, bytes
+    [N]; `json` bool [N]; `spans` int64 [N, 2]."""
+    members = list(members)
+    stems, suffixes = [], []
+    for name, _, _ in members:
+        stem, _, suffix = name.rpartition("/")[2].rpartition(".")
+        stems.append(stem.encode())
+        suffixes.append(suffix.lower())
+    return {
+        "members": np.array([name.encode() for name, _, _ in members], dtype=np.bytes_),
+        "stems": np.array(stems, dtype=np.bytes_),
+        "json": np.array([suffix == "json" for suffix in suffixes], dtype=bool),
+        "spans": np.array([span for _, *span in members], dtype=np.int64).reshape(-1, 2),
+    }
+
+
+def _table(contents: Iterable[Arrays], json: bool) -> _Table:
+    """The JSON files, or the images, of all containers."""
+    names, members, spans = [np.empty(0, "S1")], [np.empty(0, "S1")], [np.empty((0, 3), np.int64)]
+    for number, files in enumerate(contents):
+        chosen = files["json"] == json
+        names.append(files["stems"][chosen])
+        members.append(files["members"][chosen])
+        spans.append(np.insert(files["spans"][chosen], 0, number, axis=1))
+    table = _Table(np.concatenate(names), np.concatenate(members), np.concatenate(spans))
+    order = np.argsort(table.names, kind="stable")
+    ordered = table.names[order]
+    last = np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]
+    return _rows(table, order[last])
+
+
+def _rows(table: _Table, rows: np.ndarray) -> _Table:
+    return _Table(table.names[rows], table.members[rows], table.spans[rows])
+
+
+def _as_tensor(texts: np.ndarray) -> torch.Tensor:
+    """bytes [N] to uint8 [N, longest]."""
+    return torch.from_numpy(np.ascontiguousarray(texts).view(np.uint8).reshape(len(texts), texts.itemsize))
+
+
+def _as_text(row: torch.Tensor) -> str:
+    return row.numpy().tobytes().rstrip(b"\0").decode()

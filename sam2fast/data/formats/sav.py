@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
-from ..files import WarnOnce, list_files, parse_json, read_bytes
-from ..masks import FrameMasks, check_size, parse_rle, run_length_masks
+from ..defects import is_collecting, note_warning, report
+from ..files import Packed, WarnOnce, list_files, parse_json, read_bytes
+from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
 from .selection import select, shorten
@@ -43,20 +44,40 @@ class SavVideo:
         return self._reader.size
 
     @property
+    def frame_rate(self) -> float:
+        """Frames a second of the video, on average."""
+        return self._reader.frame_rate
+
+    @property
     def annotated(self) -> Sequence[int]:
         return self._annotated
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         return self._reader.frames(indices)
 
+    @property
+    def plain_video(self) -> Path | None:
+        """The file, where any decoder finds the frames by number (`VideoReader.plain`)."""
+        return self._reader.path if self._reader.plain else None
+
     def masks(self, frame: int) -> FrameMasks:
-        runs = {}
-        for track in self._tracks:
-            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True):
-                source = f"{track.path}, frame {frame}, object {object_id}"
-                runs[object_id] = parse_rle(rle, source)
-                check_size(runs[object_id][0], self.size, source, self._warn)
-        return run_length_masks(runs, self.size)
+        return run_length_masks(self._run_lengths(frame), self.size, self._warn)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        return annotated_areas(self._run_lengths(frame))
+
+    def _run_lengths(self, frame: int) -> dict[int, tuple[Any, str]]:
+        """Object id -> annotation and its source."""
+        return {
+            object_id: (rle, f"{track.path}, frame {frame}, object {object_id}")
+            for track in self._tracks
+            for object_id, rle in zip(track.object_ids, track.masklets[frame // track.step], strict=True)
+        }
+
+    def __del__(self) -> None:
+        # PyAV's objects refer to each other: the open file and the decoder's frames would wait for Python's collector
+        # of cycles, which seldom runs in a loader
+        self._reader.close()
 
     @cached_property
     def _tracks(self) -> list[_Masklets]:
@@ -115,45 +136,63 @@ class _Masklets:
 
 
 class SavDataset:
-    """Dataset of `SavVideo`s."""
+    """Dataset of `SavVideo`s. The table of its files is kept in tensors (see `files.Packed`)."""
 
-    def __init__(self, name: str, videos: list[tuple[str, Path, list[Path]]]):
+    def __init__(self, name: str, videos: list[tuple[str, str, list[str]]]):
+        """`videos`: name, path of the mp4, paths of the JSON files."""
         self.name = name
-        self._videos = videos
+        self._videos = Packed("\0".join((video, path, *jsons)).encode() for video, path, jsons in videos)
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
         return len(self._videos)
 
     def __getitem__(self, index: int) -> SavVideo:
-        return SavVideo(*self._videos[index], self._warn)
+        name, video, *jsons = self._videos[index].decode().split("\0")
+        return SavVideo(name, Path(video), [Path(path) for path in jsons], self._warn)
+
+    def sources(self) -> list[Path]:
+        return [Path(path) for row in self._videos for path in row.decode().split("\0")[2:]]
 
 
 def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     """Open a dataset in SA-V layout; see `formats.open_dataset`."""
     root, annotations = Path(config.root), Path(config.annotations or config.root)
     kinds = ("manual", "auto") if config.sav_annotations == "both" else (config.sav_annotations,)
-    jsons: dict[str, list[Path]] = {}
+    found = _paths(root)
+    annotated = _paths(annotations) if annotations != root else found
+    jsons: dict[str, list[str]] = {}
     for kind in kinds:
-        for folder, files in list_files(annotations, (f"_{kind}.json",)):
-            for file in files:
-                jsons.setdefault(file.removesuffix(f"_{kind}.json"), []).append(folder / file)
+        ending = f"_{kind}.json"
+        for file, path in annotated.items():
+            if file.endswith(ending):
+                jsons.setdefault(file.removesuffix(ending), []).append(path)
     if not jsons:
         wanted = " or ".join(f"*_{kind}.json" for kind in kinds)
         raise DataError(
             f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
             "they lie elsewhere) or `sav_annotations`"
         )
-    videos = {Path(file).stem: folder / file for folder, files in list_files(root, (".mp4",)) for file in files}
+    videos = {file[:-4]: path for file, path in found.items() if file[-4:].lower() == ".mp4"}
     names = sorted(jsons)
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in videos]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
             f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`"
         )
-    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names])
+        needs = {video: f"{jsons[video][0]} needs {video}.mp4, which is not in {root}" for video in lost}
+        report(error, "annotations without videos", needs)
+    if is_collecting():
+        unused = {video: f"{videos[video]} has no annotations" for video in sorted(videos.keys() - jsons.keys())}
+        note_warning("videos without annotations, which are not used", unused)
+    return SavDataset(name, [(video, videos[video], jsons[video]) for video in names if video in videos])
+
+
+def _paths(root: Path) -> dict[str, str]:
+    """Path of each mp4 and JSON file below a folder, by its name."""
+    return {file: f"{folder}/{file}" for folder, files in list_files(root, (".mp4", ".json")) for file in files}
 
 
 def _number(value: Any) -> float:

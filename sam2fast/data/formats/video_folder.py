@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ...config import DatasetConfig
-from ..files import IMAGE_SUFFIXES, WarnOnce, decode_image, decode_labels, image_size, read_bytes
+from ..defects import is_collecting, note_warning, report, tolerated
+from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, check_image, decode_image, decode_labels, image_size, read_bytes
 from ..masks import FrameMasks, check_size, label_masks
-from ..sample import DataError
+from ..sample import DataError, SizeMismatch
 from .selection import select, shorten
 
 _PAIRS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"), ("images", "masks"))
@@ -51,22 +52,37 @@ class FolderVideo:
         for index in indices:
             path = self._frame_files[index]
             images.append(decode_image(read_bytes(path), path))
-            if images[-1].shape[:2] != self.size:
-                height, width = images[-1].shape[:2]
-                raise DataError(
-                    f"{path} is {width} x {height}, the first frame of the video {self.size[1]} x "
-                    f"{self.size[0]} (width x height); give all frames one size, or name the video in "
-                    "`exclude`"
-                )
+            self._check_frame_size(images[-1].shape[:2], path)
         return images
+
+    def encoded(self, indices: Sequence[int]) -> list[bytes]:
+        files = []
+        for index in indices:
+            path = self._frame_files[index]
+            files.append(read_bytes(path))
+            self._check_frame_size(check_image(files[-1], path), path)
+        return files
+
+    def _check_frame_size(self, size: tuple[int, int], path: Path) -> None:
+        if size != self.size:
+            raise SizeMismatch(
+                f"{path} is {size[1]} x {size[0]}, the first frame of the video {self.size[1]} x {self.size[0]} "
+                "(width x height); give all frames one size, or name the video in `exclude`"
+            )
 
     def masks(self, frame: int) -> FrameMasks:
         files = self._mask_files[frame]
         if isinstance(files, Path):
             return label_masks(self._labels(files), self.size)
-        per_object = {object_id: self._labels(path) > 0 for object_id, path in files.items()}
+        per_object: dict[int, np.ndarray] = {}
+        for object_id, path in files.items():
+            with tolerated():
+                per_object[object_id] = self._labels(path) > 0
         areas = {object_id: int(np.count_nonzero(mask)) for object_id, mask in per_object.items()}
         return FrameMasks(self.size, areas, per_object.__getitem__)
+
+    def areas(self, frame: int) -> tuple[list[int], int]:
+        return self.masks(frame).areas()
 
     def _labels(self, path: Path) -> np.ndarray:
         labels = decode_labels(read_bytes(path), path)
@@ -88,13 +104,18 @@ class FolderVideo:
         numbers = {_key(path.name): number for number, path in enumerate(self._frame_files)}
         merged = _by_key(self._masks_folder, (".png",))
         if merged:
-            return {self._frame_of(key, path, numbers): path for key, path in merged.items()}
+            labels: dict[int, Path] = {}
+            for key, path in merged.items():
+                with tolerated():
+                    labels[self._frame_of(key, path, numbers)] = path
+            return labels
         found: dict[int, dict[int, Path]] = {}
         objects = sorted(path for path in self._masks_folder.iterdir() if path.is_dir())
         for position, folder in enumerate(objects):
             object_id = int(folder.name) if folder.name.isdigit() else position + 1
             for key, path in _by_key(folder, (".png",)).items():
-                found.setdefault(self._frame_of(key, path, numbers), {})[object_id] = path
+                with tolerated():
+                    found.setdefault(self._frame_of(key, path, numbers), {})[object_id] = path
         if not found:
             raise DataError(
                 f"{self._masks_folder} holds no mask PNGs; add them, or name video {self.name!r} in `exclude`"
@@ -112,18 +133,23 @@ class FolderVideo:
 
 
 class VideoFolder:
-    """Dataset of `FolderVideo`s."""
+    """Dataset of `FolderVideo`s. The table of its folders is kept in tensors (see `files.Packed`)."""
 
-    def __init__(self, name: str, videos: list[tuple[str, Path, Path]]):
+    def __init__(self, name: str, videos: list[tuple[str, str, str]]):
+        """`videos`: name, folder of frames, folder of masks."""
         self.name = name
-        self._videos = videos
+        self._videos = Packed("\0".join(video).encode() for video in videos)
         self._warn = WarnOnce()
 
     def __len__(self) -> int:
         return len(self._videos)
 
     def __getitem__(self, index: int) -> FolderVideo:
-        return FolderVideo(*self._videos[index], self._warn)
+        name, frames, masks = self._videos[index].decode().split("\0")
+        return FolderVideo(name, Path(frames), Path(masks), self._warn)
+
+    def sources(self) -> list[Path]:
+        return [Path(row.decode().split("\0")[2]) for row in self._videos]
 
 
 def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolder:
@@ -138,7 +164,7 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
     frames_root, masks_root = found
     if _by_key(frames_root, IMAGE_SUFFIXES):  # a single video, without a folder of its own
         single = Path(config.root).resolve().name
-        frames, masks = {single: frames_root}, {single: masks_root}
+        frames, masks = {single: str(frames_root)}, {single: str(masks_root)}
     else:
         frames, masks = _subfolders(frames_root), _subfolders(masks_root)
     names = sorted(frames | masks)
@@ -147,12 +173,17 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
     names = [names[index] for index in select(names, config, name, seed)]
     lost = [video for video in names if video not in frames]
     if lost:
-        raise DataError(
+        error = DataError(
             f"dataset {name!r}: {len(lost)} videos have masks in {masks_root} but no frames in "
             f"{frames_root}: {shorten(lost)}; add the frames, or name the videos in `exclude`"
         )
-    usable = [(video, frames[video], masks[video]) for video in names if video in masks]
-    if not usable:
+        needs = {video: f"{masks[video]} has masks, but {frames_root / video} no frames" for video in lost}
+        report(error, "masks without frames", needs)
+    if is_collecting():
+        unused = {video: f"{frames[video]} has no masks in {masks_root}" for video in names if video not in masks}
+        note_warning("videos without masks, which are not used", unused)
+    usable = [(video, frames[video], masks[video]) for video in names if video in masks and video in frames]
+    if not usable and not lost:
         raise DataError(
             f"dataset {name!r}: none of its {len(names)} videos ({shorten(names)}) has masks in "
             f"{masks_root}; expected a folder of the same name there"
@@ -186,17 +217,19 @@ def _has_png(folder: Path) -> bool:
     return next(folder.rglob("*.png"), None) is not None
 
 
-def _subfolders(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+def _subfolders(folder: Path) -> dict[str, str]:
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
 
 
 def _by_key(folder: Path, suffixes: tuple[str, ...]) -> dict[_Key, Path]:
     """Image files of a folder in the order of their numbers."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith(".")]
     by_key = {_key(name): name for name in sorted(names)}
-    if len(by_key) < len(names):
-        twice = next(name for name in sorted(names) if by_key[_key(name)] != name)
-        raise DataError(f"{folder / twice} and {by_key[_key(twice)]} have the same number; keep one of them")
+    for name in sorted(names):
+        if by_key[_key(name)] != name:
+            with tolerated():
+                raise DataError(f"{folder / name} and {by_key[_key(name)]} have the same number; keep one of them")
     return {key: folder / by_key[key] for key in sorted(by_key)}
 
 

@@ -20,7 +20,7 @@ from .writers import CocoWriter, SA1BWriter, SAVWriter, VideoFolderWriter, Write
 
 FORMATS = ("video_folder", "sav", "sa1b", "coco")
 MANIFEST = "synthetic.manifest"
-_VERSION = 1  # raise it when the same parameters give other pixels or files
+_VERSION = 2  # raise it when the same parameters give other pixels or files
 
 
 class SyntheticError(UserError):
@@ -48,7 +48,7 @@ def write_dataset(
         count: videos or images.
         frames: annotated frames of a video; sav videos have 4 * (frames - 1) + 1 frames. Ignored for images.
         size: height and width in pixels, even numbers.
-        tar: sa1b only, one tar file in place of loose files.
+        tar: sa1b only, tar files in place of loose files.
         overwrite: replace a synthetic dataset of other parameters; nothing else is ever replaced.
 
     Raises:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=16, help="annotated frames of a video (default %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--tar", action="store_true", help="sa1b: one tar file in place of loose files")
+    parser.add_argument("--tar", action="store_true", help="sa1b: tar files in place of loose files")
     parser.add_argument("--overwrite", action="store_true", help="replace a synthetic dataset of other parameters")
     options = parser.parse_args(argv)
     start = time.perf_counter()

@@ -91,18 +91,25 @@ class SAVWriter:
         pass
 
 
+IMAGES_PER_TAR = 400
+"""Of synthetic SA-1B; the real one has about 11,000."""
+
+
 class SA1BWriter:
-    """SA-1B layout: sa_N.jpg and sa_N.json side by side, in the folder or in one tar file as the dataset is shipped."""
+    """SA-1B layout: sa_N.jpg and sa_N.json side by side, in the folder or in tar files as the dataset is shipped."""
 
     def __init__(self, root: Path, tar: bool) -> None:
-        self._root = root
-        self._archive = tarfile.open(root / "sa_000000.tar", "w") if tar else None
+        self._root, self._tar = root, tar
+        self._archive: tarfile.TarFile | None = None
 
     def scene_config(self, config: SceneConfig) -> SceneConfig:
         return replace(config, objects=(3, 6), leave=0.0)
 
     def add(self, index: int, scene: Scene, frames: int) -> None:
         name = f"sa_{index + 1}"
+        if self._tar and index % IMAGES_PER_TAR == 0:
+            self.finish()
+            self._archive = tarfile.open(self._root / f"sa_{index // IMAGES_PER_TAR:06d}.tar", "w")
         image, labels = scene.render(0)
         annotation = sa1b_annotation(index + 1, labels, scene.num_objects)
         self._put(f"{name}.jpg", _jpeg(image))

@@ -1,0 +1,202 @@
+"""Training from many SA-1B tars and SA-V mp4s: start-up, memory over epochs, and the samples after a kill.
+
+    python benchmarks/data_scale.py --images 2000 --videos 200
+
+Writes synthetic data (once for a folder), trains a micro model for an epoch of each, kills the same run with signal
+9 at a random step and continues it. Prints start-up times with and without the index, the memory of trainer and loader
+processes in tenths of the run, and whether both runs used the same samples; exits with 1 where they did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Loader processes import this file too: what they do not need is imported where it is used.
+from sam2fast import train as entry  # noqa: E402
+
+SIDE = 64
+BATCH = {"images": 10, "videos": 2}
+FRAMES = {"images": 1, "videos": 3}
+
+CONFIG = """
+name: scale
+output_dir: {output}
+device: cpu
+log_every: 1
+model: {{size: micro, image_size: {side}}}
+data:
+  workers: {workers}
+  datasets: {{images: {{format: sa1b, root: "{data}/images"}}, videos: {{format: sav, root: "{data}/videos"}}}}
+stages:
+  - {{name: images, steps: {image_steps}, data: [{{dataset: images, batch_size: {images}, max_objects: 2}}],
+      prompts: {{correction_clicks: 0}}}}
+  - {{name: videos, steps: {video_steps}, data: [{{dataset: videos, batch_size: {videos}, frames: 3}}],
+      prompts: {{correction_clicks: 0}}}}
+checkpoint: {{every: 10}}
+"""
+
+
+def train(argv: Sequence[str]) -> int:
+    """`train.py` that also writes the samples of each step, and the memory of the trainer and its loader processes."""
+    import psutil
+
+    from sam2fast import recipe
+
+    class RecordingTrainer(recipe.StageTrainer):
+        def _step(self, batches):
+            super()._step(batches)
+            this = psutil.Process()
+            line = {
+                "step": self.state.global_step,
+                "stage": self.stage.name,
+                "ids": [sample_id for batch in batches for sample_id in batch.sample_ids],
+                "trainer": own_memory(this),
+                "workers": [
+                    own_memory(process) for process in this.children(recursive=True) if process.ppid() != this.pid
+                ],
+            }
+            with open(os.environ["RECORD"], "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    recipe.StageTrainer = RecordingTrainer
+    return entry.main(list(argv))
+
+
+def own_memory(process) -> int:
+    """Resident bytes of a process that it shares with no other."""
+    return process.memory_full_info().uss
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--videos", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="keep the data there; default: a temporary folder")
+    args = parser.parse_args(argv)
+    from sam2fast.data.synthetic import write_dataset
+
+    with tempfile.TemporaryDirectory() as temporary:
+        data = args.folder or Path(temporary) / "data"
+        began = time.monotonic()
+        write_dataset(data / "images", "sa1b", args.images, size=(96, 128), tar=True)
+        write_dataset(data / "videos", "sav", args.videos, frames=4, size=(96, 128))
+        print(f"{args.images} images and {args.videos} videos written in {time.monotonic() - began:.0f} s", flush=True)
+        report_startup(data, args.workers)
+        counts = {"images": args.images, "videos": args.videos}
+        return report_run(data, Path(temporary), counts, args.workers)
+
+
+def report_startup(data: Path, workers: int) -> None:
+    """Time to open a dataset, first without an index, and to its first batch."""
+    from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
+    from sam2fast.data.formats import open_dataset
+    from sam2fast.data.loaders import build_loader
+    from sam2fast.data.sampling import ClipDataset
+
+    for index in data.rglob("*.members.npz"):
+        index.unlink()
+    for name, format_name in (("images", "sa1b"), ("videos", "sav")):
+        config = DatasetConfig(format=format_name, root=str(data / name))
+        seconds = []
+        for _ in range(2):
+            began = time.monotonic()
+            dataset = open_dataset(config, name, seed=0)
+            seconds.append(time.monotonic() - began)
+        began = time.monotonic()
+        clips = ClipDataset(dataset, MixItem(dataset=name, frames=FRAMES[name]), AugmentConfig(), SIDE, seed=0)
+        loader = build_loader(clips, BATCH[name], workers=workers)
+        next(loader)
+        first = time.monotonic() - began
+        loader.close()
+        index = sum(path.stat().st_size for path in (data / name).rglob("*.members.npz"))
+        print(
+            f"{name}: opened in {seconds[0]:.2f} s without an index, {seconds[1]:.2f} s with it "
+            f"({index / 1e3:.0f} kB); first batch after {first:.1f} s more",
+            flush=True,
+        )
+
+
+def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int) -> int:
+    """Train whole, and killed and continued; returns the exit code."""
+    steps = {name: counts[name] // BATCH[name] for name in counts}
+    records, commands = [], []
+    for name in ("whole", "killed"):
+        config = temporary / f"{name}.yaml"
+        settings = {"side": SIDE, "workers": workers, "data": data, "output": temporary / name, **BATCH}
+        config.write_text(CONFIG.format(**settings, image_steps=steps["images"], video_steps=steps["videos"]))
+        commands.append([sys.executable, __file__, "train", "--config", str(config)])
+        records.append(temporary / f"{name}.jsonl")
+    began = time.monotonic()
+    run(commands[0], records[0])
+    print(f"trained in {time.monotonic() - began:.0f} s", flush=True)
+    whole = read(records[0])
+    for name in counts:
+        report_memory(name, [line for line in whole if line["stage"] == name])
+    kill = random.SystemRandom().randrange(len(whole) // 10, len(whole) * 9 // 10)
+    run(commands[1], records[1], kill)
+    run(commands[1], records[1])
+    used = {line["step"]: line["ids"] for line in read(records[1])}  # a repeated step replaces itself
+    equal = used == {line["step"]: line["ids"] for line in whole}
+    for name in counts:
+        ids = [sample_id for line in whole if line["stage"] == name for sample_id in line["ids"]]
+        epoch = {sample_id.split("@")[0] for sample_id in ids[: counts[name]]}
+        print(f"{name}: {len(epoch)} of {counts[name]} in the epoch")
+    print(f"killed at step {kill}: {'the same' if equal else 'OTHER'} samples in {len(whole)} steps")
+    return 0 if equal else 1
+
+
+def report_memory(name: str, lines: list[dict]) -> None:
+    import numpy as np
+
+    parts = np.array_split(np.arange(len(lines)), 10)
+    trainer = [max(lines[index]["trainer"] for index in part) / 2**20 for part in parts]
+    workers = [max((max(lines[index]["workers"], default=0)) for index in part) / 2**20 for part in parts]
+    for label, values in (("trainer", trainer), ("largest worker", workers)):
+        growth = max(values[2:]) - values[1]
+        listed = " ".join(f"{value:.0f}" for value in values)
+        print(
+            f"{name}, memory of the {label} by tenths of the epoch, MiB: {listed}; from the second on {growth:+.1f}",
+            flush=True,
+        )
+
+
+def run(command: list[str], record: Path, kill: int | None = None) -> None:
+    """Train; with `kill` until that step is in the record, then end every process at once."""
+    import psutil
+
+    environment = {**os.environ, "RECORD": str(record), "OMP_NUM_THREADS": "1"}
+    log = record.with_suffix(".log")
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        while kill is not None and process.poll() is None and not any(line["step"] == kill for line in read(record)):
+            time.sleep(0.2)
+        if kill is not None:
+            parent = psutil.Process(process.pid)
+            for each in [*parent.children(recursive=True), parent]:
+                each.send_signal(signal.SIGKILL)
+    if process.wait() and kill is None:
+        raise SystemExit(f"training failed:\n{log.read_text()[-3000:]}")
+
+
+def read(record: Path) -> list[dict]:
+    if not record.is_file():
+        return []
+    return [json.loads(line) for line in record.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[2:]) if sys.argv[1:2] == ["train"] else main())

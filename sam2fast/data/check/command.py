@@ -1,0 +1,171 @@
+"""The command: reads a dataset in worker processes, prints what it found and leaves it in a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ...config import DatasetConfig
+from ..defects import collecting
+from ..files import list_files
+from ..formats import open_dataset, resolve
+from ..loaders import start_worker
+from ..sample import Dataset
+from .item import Inspector, ItemReport
+from .sheet import COLUMNS, ROWS, write_sheet
+from .summary import Summary, defect_lines
+from .usage import config_lines, unusable
+
+_SEED = 0
+_LINE_INTERVAL = 30.0
+_MOST_EXCLUDED = 20
+CLEAN, DEFECTS, INTERRUPTED = 0, 1, 130
+"""Exit codes; a path that is no dataset is a `DataError`, for which commands end with 2."""
+
+
+def dataset_config(root: str, format: str = "auto", annotations: str | None = None) -> DatasetConfig:
+    """The configuration of a dataset as it lies on disk: its format, absolute paths, and of SA-V all annotations.
+
+    Raises:
+        DataError: no such folder, or of no known format.
+    """
+    config = resolve(DatasetConfig(root=root, format=format, annotations=annotations), Path(root).name)
+    changes = {"root": str(Path(config.root).resolve())}
+    if config.annotations:
+        changes["annotations"] = str(Path(config.annotations).resolve())
+    if config.format == "sav":
+        folder = Path(config.annotations or config.root)
+        kinds = [kind for kind in ("manual", "auto") if next(iter(list_files(folder, (f"_{kind}.json",))), None)]
+        changes["sav_annotations"] = "both" if len(kinds) > 1 else "".join(kinds) or "manual"
+    return config.model_copy(update=changes)
+
+
+def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None = None, workers: int = 1) -> int:
+    """Check a dataset (`dataset_config`): every frame is decoded and every mask read, and nothing stops at a defect.
+
+    Prints counts, defects and configuration lines, and writes report.json, report.txt, config.yaml and sheet.png.
+
+    Args:
+        out: folder of these files; runs/check-data/NAME if not given.
+        limit: most videos or images to check, a random sample that is the same each time.
+        workers: processes; 1 checks in this one.
+
+    Returns:
+        0 without defects (there may be warnings), 1 with or where a process died, 130 when interrupted.
+
+    Raises:
+        DataError: the dataset cannot be opened at all.
+    """
+    name = re.sub(r"[^\w.-]+", "_", Path(config.root).name) or "data"
+    out = out or Path("runs", "check-data", name)
+    with collecting() as notes:
+        dataset = open_dataset(config, name, _SEED)
+    summary = Summary(config, total=len(dataset), defects=notes.defects)
+    order = np.random.default_rng(_SEED).permutation(len(dataset))[:limit]
+    candidates = dict.fromkeys(order[: 2 * ROWS * COLUMNS].tolist(), False)  # for the sheet: which of them are sound
+    stopped, code = "", CLEAN
+    try:
+        for report in _reports(dataset, np.sort(order), workers, summary):
+            summary.add(report)
+            if report.index in candidates:
+                candidates[report.index] = report.is_sound and any(report.objects)
+    except KeyboardInterrupt:
+        stopped, code = f"interrupted: what was found in {summary.checked:,} of {len(order):,}", INTERRUPTED
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        code = DEFECTS
+        stopped = (
+            f"a checking process died ({str(error).splitlines()[0]}): what was found in {summary.checked:,} of "
+            f"{len(order):,}; memory may have run out: use fewer --workers, with 1 the cause shows itself"
+        )
+    sheet = "" if stopped else _sheet(dataset, [index for index, sound in candidates.items() if sound], summary, out)
+    _tell(summary, name, out, sheet, stopped, sampled=len(order) < len(dataset))
+    return code or (DEFECTS if summary.errors else CLEAN)
+
+
+def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summary) -> Iterator[ItemReport]:
+    """Check items, where there are several workers a few ahead. In order: a worker that died is then missed soon."""
+    options = {}
+    workers = min(workers, len(indices))
+    if workers > 1:
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        options = {
+            "num_workers": workers,
+            "multiprocessing_context": context,
+            "worker_init_fn": start_worker,
+            "prefetch_factor": 4,
+        }
+    reports = torch.utils.data.DataLoader(Inspector(dataset), batch_size=None, sampler=indices, **options)
+    console = Console(stderr=True)
+    broken = TextColumn("{task.fields[broken]} with errors")
+    said = time.monotonic()
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        broken,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=len(indices), broken=0)
+        for report in reports:
+            yield report
+            progress.update(task, advance=1, broken=summary.checked - summary.sound)
+            if not console.is_terminal and time.monotonic() - said > _LINE_INTERVAL:
+                said = time.monotonic()
+                print(f"checked {summary.checked:,} of {len(indices):,}", file=sys.stderr, flush=True)
+
+
+def _sheet(dataset: Dataset, indices: list[int], summary: Summary, out: Path) -> str:
+    if not indices:
+        return ""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "sheet.png"
+    with collecting():  # the items are sound, but their warnings have been given
+        write_sheet(dataset, indices, summary.is_video, path)
+    return str(path)
+
+
+def _tell(summary: Summary, name: str, out: Path, sheet: str, stopped: str, sampled: bool) -> None:
+    """Print, and write report.json, report.txt and config.yaml."""
+    config = summary.config
+    summary.defects.sort(key=lambda defect: defect.item)
+    head = [stopped] if stopped else []
+    head.append(f"{config.root}: format {config.format}")
+    if sampled:
+        head.append(f"a random sample of {summary.checked:,} of {summary.total:,} {summary.noun} (seed {_SEED})")
+    head += summary.lines()
+    usage, excluded = config_lines(summary, name), len(unusable(summary))
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "report.json", json.dumps(summary.as_json(), indent=1, ensure_ascii=False))
+    _write(out / "report.txt", "\n".join([*head, *defect_lines(summary, whole=True), ""]))
+    _write(out / "config.yaml", usage)
+    shown = [*head, "", *(defect_lines(summary) or ["no defects" + " so far" * bool(stopped)]), ""]
+    if sheet:
+        shown.append(f"{sheet}: look at it, are these your objects?")
+    shown.append(f"{out / 'report.txt'} and report.json: all of this, {len(summary.defects):,} errors and warnings")
+    if not usage:
+        shown.append("nothing to train on: no video or image is without errors")
+    elif excluded > _MOST_EXCLUDED:
+        shown.append(f"{out / 'config.yaml'} trains on it, without {excluded:,} {summary.noun} that cannot be used")
+    else:
+        shown += [f"{out / 'config.yaml'} trains on it:", "", usage]
+    print("\n".join(shown), flush=True)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
