@@ -91,9 +91,10 @@ class StepCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
-        # Not `.device`, which is an operation of its own for a fake tensor.
-        if not self._paused and any(output.fake_device.type == "cuda" for output in outputs):
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        # Operations on lists change tensors and return nothing. Not `.device`, which is an operation of its own here.
+        touched = outputs or (inputs if function._schema.is_mutable else [])
+        if not self._paused and any(tensor.fake_device.type == "cuda" for tensor in touched):
             self._count(function, args, kwargs, result, inputs, outputs)
         return result
 
