@@ -92,6 +92,8 @@ def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
 
         if args.clips < 1:
             raise ConfigError(f"--clips must be at least 1, not {args.clips}")
+        if args.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, not {args.seed}")
         if args.data:
             if overrides or args.stage:
                 raise ConfigError("key=value and --stage change a config; give --config in place of --data")
@@ -149,8 +151,12 @@ def check_data(args: argparse.Namespace) -> int:
     """Check a dataset; returns the exit code, 1 where it has defects."""
 
     def body() -> int:
+        from .config import ConfigError
         from .data.check import check_data, dataset_config
 
+        for name in ("limit", "workers"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {value}")
         config = dataset_config(args.path, args.format, args.annotations)
         return check_data(config, args.out, args.limit, args.workers or os.cpu_count() or 1)
 

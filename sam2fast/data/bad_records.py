@@ -67,7 +67,9 @@ class BadRecords:
                 f"used, more than data.max_bad_share={self._max_share:g} allows; the last one: {last.reason}"
             )
         if count > limit:
-            raise DataError(last.reason)
+            size = self._sizes.get(last.dataset)
+            allowed = f" (data.max_bad_share={self._max_share:g} allows none of {size} to be unusable)" if size else ""
+            raise DataError(last.reason + allowed)
 
 
 class RecordGuard:

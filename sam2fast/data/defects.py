@@ -1,4 +1,4 @@
-"""Defects of data: training stops at the first one, `sam2fast check-data` wants all of them.
+"""Defects of data: reading stops at the first one, `sam2fast check-data` wants all of them.
 
 A reader marks the places where it can go on without a part: `with tolerated(): ...` around the reading of that part, or
 `report(error, parts)` where several are missing. Inside `collecting()` these note the defects; elsewhere they raise.

@@ -18,7 +18,7 @@ from ...config import DatasetConfig
 from ..defects import collecting
 from ..files import list_files
 from ..formats import open_dataset, resolve
-from ..sample import Dataset
+from ..sample import DataError, Dataset
 from ..workers import is_of_dead_worker, start_fork_server, start_worker
 from .item import Inspector, ItemReport
 from .sheet import COLUMNS, ROWS, write_sheet
@@ -67,6 +67,10 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
     """
     name = re.sub(r"[^\w.-]+", "_", Path(config.root).name) or "data"
     out = out or Path("runs", "check-data", name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write the folder {out}: {error.strerror}; choose another --out") from None
     with collecting() as notes:
         dataset = open_dataset(config, name, _SEED)
     summary = Summary(config, total=len(dataset), defects=notes.defects)
@@ -131,7 +135,6 @@ def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summa
 def _sheet(dataset: Dataset, indices: list[int], summary: Summary, out: Path) -> str:
     if not indices:
         return ""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "sheet.png"
     with collecting():  # the items are sound, but their warnings have been given
         write_sheet(dataset, indices, summary.is_video, path)
@@ -148,7 +151,6 @@ def _tell(summary: Summary, name: str, out: Path, sheet: str, stopped: str, samp
         head.append(f"a random sample of {summary.checked:,} of {summary.total:,} {summary.noun} (seed {_SEED})")
     head += summary.lines()
     usage, excluded = config_lines(summary, name), len(unusable(summary))
-    out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.json", json.dumps(summary.as_json(), indent=1, ensure_ascii=False))
     _write(out / "report.txt", "\n".join([*head, *defect_lines(summary, whole=True), ""]))
     _write(out / "config.yaml", usage)

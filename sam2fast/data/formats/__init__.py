@@ -100,6 +100,8 @@ def _format_of_files(root: Path) -> str | None:
 
 
 def _missing_folder(root: Path, format_name: str, name: str) -> str:
+    if root.is_file():
+        return f"dataset {name!r}: {root} is a file; give the folder that holds it (a COCO json goes to `annotations`)"
     existing = next((parent for parent in root.parents if parent.is_dir()), Path("."))
     return (
         f"dataset {name!r}: no folder at {root} ({existing} holds {_contents(existing)}); set its `root` to a "
