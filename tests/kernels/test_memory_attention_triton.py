@@ -67,12 +67,12 @@ def assert_within_rule(name, kernel, eager, exact, atol=3e-6):
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check(q, k, v, rotary, weights, **options):
+def check(q, k, v, rotary, weights, atol=3e-6, **options):
     got = attend(q, k, v, rotary, weights, **options)
     eager = attend_eagerly(q, k, v, rotary, weights, **options)
     exact = attend(q.double(), k.double(), v.double(), rotary, weights, "reference", **options)
     for name in NAMES:
-        assert_within_rule(name, got[name], eager[name], exact[name])
+        assert_within_rule(name, got[name], eager[name], exact[name], atol)
         assert got[name].is_contiguous() and got[name].shape == exact[name].shape
     assert got["row_sum"].dtype == torch.float32
     assert all(got[name].dtype == q.dtype for name in NAMES if name != "row_sum")
@@ -148,9 +148,10 @@ def test_strides_change_nothing(poison_empty):
 
 
 def test_large_scores(poison_empty):
-    """Probabilities close to 1, others that vanish, and a logarithm far from 0."""
+    """Probabilities close to 1, others that vanish, and a logarithm far from 0. Scores over 100 are rounded by 1e-5,
+    which is the relative error of a probability."""
     q, k, v, rotary, weights = case()
-    check(30 * q, k, v, rotary, weights, dropout=0.3)
+    check(30 * q, k, v, rotary, weights, atol=1e-5, dropout=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")  # in rows of tiles that are never stored
