@@ -34,6 +34,8 @@ def parts(batch: str) -> list[str]:
     """Each part of a step of B+: all off, then all on, nothing recomputed."""
     rows = {(row["off"], row["part"]): row for row in _read("step_parts.csv") if row["batch"] == batch}
     names = [part for off, part in rows if off == "all"]
+    if not names:
+        raise SystemExit(f"step_parts.csv lacks {batch} with everything off: count_step.py --all-off --save")
     lines = ["| part | TFLOP | GB moved | launches | GB kept for the backward pass |", "|---|---|---|---|---|"]
     total = {off: [0.0] * 4 for off in ("all", "none")}
     for name in names:
@@ -60,7 +62,7 @@ def launches() -> list[str]:
     """Operations that every switch saves or adds: one off at a time."""
     counts = _counts()
     names = [name for _, _, name, policy in counts if policy == "none" and name not in ("all", "none")]
-    columns = [(size, batch) for size in ("tiny", "base_plus") for batch in BATCHES]
+    columns = dict.fromkeys((size, batch) for size, batch, name, _ in counts if name in names)
     lines = ["| left out | " + " | ".join(f"{SIZES[size]}, {KINDS[batch]}" for size, batch in columns) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for name in (*dict.fromkeys(names), "none", "all"):
