@@ -32,10 +32,11 @@ Row = dict[str, str]
 
 def parts(batch: str) -> list[str]:
     """Each part of a step of B+: all off, then all on, nothing recomputed."""
-    rows = {(row["off"], row["part"]): row for row in _read("step_parts.csv") if row["batch"] == batch}
+    counted = (row for row in _read("step_parts.csv") if (row["size"], row["batch"]) == ("base_plus", batch))
+    rows = {(row["off"], row["part"]): row for row in counted}
     names = [part for off, part in rows if off == "all"]
     if not names:
-        raise SystemExit(f"step_parts.csv lacks {batch} with everything off: count_step.py --all-off --save")
+        raise SystemExit(f"step_parts.csv lacks base_plus, {batch}, with everything off: count_step.py --all-off --save")
     lines = ["| part | TFLOP | GB moved | launches | GB kept for the backward pass |", "|---|---|---|---|---|"]
     total = {off: [0.0] * 4 for off in ("all", "none")}
     for name in names:
