@@ -19,8 +19,6 @@ FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "docs" / "performance.md"
 SIZES = {"tiny": "T", "base_plus": "B+", "large": "L"}
 BATCHES = {"video": "8 frames x 3 objects", "points": "the same, clicked", "image": "image, 64 masks"}
-KINDS = {"video": "mask", "points": "points", "image": "image"}
-"""Of the batches, what the shapes of step_time.csv call them."""
 POLICIES = {
     ("all", "none"): "all off",
     ("none", "none"): "all on",
@@ -36,7 +34,9 @@ def parts(batch: str) -> list[str]:
     rows = {(row["off"], row["part"]): row for row in counted}
     names = [part for off, part in rows if off == "all"]
     if not names:
-        raise SystemExit(f"step_parts.csv lacks base_plus, {batch}, with everything off: count_step.py --all-off --save")
+        raise SystemExit(
+            f"step_parts.csv lacks base_plus, {batch}, with everything off: count_step.py --all-off --save"
+        )
     lines = ["| part | TFLOP | GB moved | launches | GB kept for the backward pass |", "|---|---|---|---|---|"]
     total = {off: [0.0] * 4 for off in ("all", "none")}
     for name in names:
@@ -56,20 +56,6 @@ def memory() -> list[str]:
         for batch in ("video", "image"):
             peaks = [_peak(counts[size, batch, *policy]) for policy in POLICIES]
             lines.append(f"| {name}, {BATCHES[batch]} | " + " | ".join(f"{peak:.1f}" for peak in peaks) + " |")
-    return lines
-
-
-def launches() -> list[str]:
-    """Operations that every switch saves or adds: one off at a time."""
-    counts = _counts()
-    names = [name for _, _, name, policy in counts if policy == "none" and name not in ("all", "none")]
-    columns = dict.fromkeys((size, batch) for size, batch, name, _ in counts if name in names)
-    lines = ["| left out | " + " | ".join(f"{SIZES[size]}, {KINDS[batch]}" for size, batch in columns) + " |"]
-    lines.append("|---" * (1 + len(columns)) + "|")
-    for name in (*dict.fromkeys(names), "none", "all"):
-        cells = [_launch_cell(counts.get((*column, name, "none"))) for column in columns]
-        label = {"none": "nothing (`all_on`)", "all": "everything (`all_off`)"}.get(name, f"`{name}`")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -120,7 +106,6 @@ def times(shape: str) -> list[str]:
 TABLES: dict[str, Callable[..., list[str]]] = {
     "parts": parts,
     "memory": memory,
-    "launches": launches,
     "graphs": graphs,
     "ablation": ablation,
     "times": times,
@@ -154,10 +139,6 @@ def _counts() -> dict[tuple[str, str, str, str], Row]:
 
 def _peak(row: Row) -> float:
     return (int(row["peak_bytes"]) + int(row["state_bytes"])) / 1e9
-
-
-def _launch_cell(row: Row | None) -> str:
-    return f"{int(row['launches']):,}" if row else ""
 
 
 def _part_figures(row: Row) -> list[float]:
