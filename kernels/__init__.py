@@ -8,7 +8,7 @@ if __name__ == "kernels":
     # A checkout on sys.path, where transformers and others look for the package `kernels`.
     raise ImportError("this folder is the source of sam2fast_kernels, not the package `kernels`: take it off sys.path")
 
-from . import click_sampling, mask_loss, rle, upsample, warp
+from . import click_sampling, layer_norm, mask_loss, rle, upsample, warp
 from .masks import pack_masks, unpack_masks
 
-__all__ = ["click_sampling", "mask_loss", "pack_masks", "rle", "unpack_masks", "upsample", "warp"]
+__all__ = ["click_sampling", "layer_norm", "mask_loss", "pack_masks", "rle", "unpack_masks", "upsample", "warp"]

@@ -87,6 +87,7 @@ class Operator:
         kernel_dtypes: frozenset[torch.dtype] | None = None,
         flops: Callable[..., int] | None = None,
         slower: str = "",
+        compiled: bool = True,
     ) -> None:
         """Register the operator.
 
@@ -99,11 +100,13 @@ class Operator:
             kernel_dtypes: dtypes of the first argument that `cpp` and `triton` take; None for all.
             flops: arithmetic of a call from the shapes of its arguments, see `register_flop_formulas`.
             slower: what a user loses where `auto` falls back to `reference`.
+            compiled: whether there is a form for CPUs; without one `reference` is the fastest there.
         """
         self.name = name
         self.overloads: dict[str, OpOverload] = {}
         self._kernel_dtypes = kernel_dtypes
         self._slower = slower
+        self._kernels = {"cuda": "triton"} | ({"cpu": "cpp"} if compiled else {})
         self._define("reference", signature, fake, reference)
         run, step = cpp or (None, f"{name}.cpp")
         if f"sam2fast::{step}" in _compiled():
@@ -149,7 +152,7 @@ class Operator:
         return self.overloads[requested]
 
     def _fastest(self, tensor: Tensor) -> str:
-        kernel = {"cpu": "cpp", "cuda": "triton"}.get(tensor.device.type)
+        kernel = self._kernels.get(tensor.device.type)
         if kernel is None or (self._kernel_dtypes and tensor.dtype not in self._kernel_dtypes):
             return "reference"
         obstacle = self._obstacle(kernel, tensor)

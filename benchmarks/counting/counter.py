@@ -25,7 +25,13 @@ Phase = Literal["forward", "backward"]
 Place = tuple[str, str]
 """A part, and the name of an operation in it."""
 
-LAUNCHES = {"sam2fast::click_uniform": 2, "sam2fast::click_center": 7}
+LAUNCHES = {
+    "sam2fast::click_uniform": 2,
+    "sam2fast::click_center": 7,
+    "sam2fast::memory_attention": 4,
+    "sam2fast::memory_attention_backward": 7,
+    "sam2fast::layer_norm_backward": 3,
+}
 """Kernels of a call where it is not one."""
 MULTI_TENSOR_CHUNK, MULTI_TENSOR_BLOCKS = 65536, 320
 MULTI_TENSOR_LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ import torch
 from . import FOLDER
 from .case import Case, Outputs, Run, Shape
 from .limits import PEAK_TFLOPS, device_key
-from .memory import CHILD_ENVIRONMENT, CudaMeter, free_bytes, peak_bytes
+from .memory import CHILD_ENVIRONMENT, CudaMeter, free_bytes, give_back, peak_bytes
 from .timing import copy_gbps, interleave, quantile, time_once
 
 Peaks = dict[tuple[str, str, str], int]
@@ -84,7 +83,7 @@ def compare(
         _say(f"{case.name} {shape.text}: check and time {', '.join(usable)}")
         _compare_shape(case, shape, usable, modes, device, repeats, result, peaks)
     if device.type == "cpu":
-        gc.collect()  # the processes need the memory that cycles of models and graphs still hold
+        give_back()  # the processes need the memory that this one has freed, or that cycles still hold
         peaks = _peaks_of_processes(case, modes, result)
     _relate(case, result.rows, peaks)
     return result

@@ -61,18 +61,22 @@ class CudaMeter:
         return torch.cuda.max_memory_allocated()
 
 
+def give_back() -> None:
+    """Return what is free to the system, on Linux with glibc."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 class ProcessMeter:
     """Resident memory of this process, on Linux with glibc."""
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None)
-        self._libc.prctl(_DISABLE_HUGE_PAGES, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_DISABLE_HUGE_PAGES, 1, 0, 0, 0)
         batch = max(32, 2 * (os.cpu_count() or 1))  # pages that a core may hold back from the counter of a process
         self.resolution = resource.getpagesize() * batch * torch.get_num_threads()
 
     def current(self) -> int:
-        gc.collect()
-        self._libc.malloc_trim(0)
+        give_back()
         return _status("VmRSS")
 
     def reset_peak(self) -> None:

@@ -15,20 +15,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .layers import compute_dtype, layer_norm_backward, without_autocast
+from sam2fast_kernels.layer_norm import layer_norm_backward, normalize
 
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+from .layers import compute_dtype, without_autocast
+
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
 """Elements of the widest map of the objects that are computed at once: on a CPU these stay in its cache."""
 
 
 def object_chunks(count: int, elements: int, device: str) -> Iterator[slice]:
     """Slices of `count` objects, each with a widest map of `elements` elements."""
     size = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // elements)
-    for start in range(0, count, size):
+    for start in range(0, max(count, 1), size):
         yield slice(start, min(start + size, count))
 
 
@@ -37,9 +38,18 @@ def part(x: Tensor, chunk: slice) -> Tensor:
     return x if len(x) == 1 else x[chunk]
 
 
-def empty_total(x: Tensor) -> Tensor:
-    """Where `put_part` collects the gradient of x; sums are in float32 at least."""
-    return zero_total(x) if len(x) == 1 else torch.empty_like(x)
+def with_part(whole: Tensor | None, chunk: slice, value: Tensor, count: int) -> Tensor:
+    """What the parts of `count` objects are so far: `value` itself, without a copy, where it is of all objects."""
+    if len(value) == count:
+        return value
+    whole = value.new_empty(count, *value.shape[1:]) if whole is None else whole
+    whole[chunk] = value
+    return whole
+
+
+def empty_total(x: Tensor) -> Tensor | None:
+    """What `with_gradient` begins with; sums are in float32 at least."""
+    return zero_total(x) if len(x) == 1 else None
 
 
 def zero_total(x: Tensor) -> Tensor:
@@ -47,12 +57,12 @@ def zero_total(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def put_part(total: Tensor, chunk: slice, value: Tensor) -> None:
-    """Store the gradient of a chunk's objects, or add it up where `total` has one row for all."""
-    if len(total) == 1:
+def with_gradient(total: Tensor | None, chunk: slice, value: Tensor, x: Tensor, count: int) -> Tensor:
+    """The gradient of x with that of a chunk of `count` objects: stored, or added up where x has one row for all."""
+    if len(x) == 1:
         total += value.sum(0, keepdim=True, dtype=total.dtype) if len(value) > 1 else value
-    else:
-        total[chunk] = value
+        return total
+    return with_part(total, chunk, value, count)
 
 
 def attend_to_image(queries: Tensor, image: Tensor, position: Tensor) -> Tensor:
@@ -65,8 +75,9 @@ def attend_to_image(queries: Tensor, image: Tensor, position: Tensor) -> Tensor:
     Returns:
         sums of cells [N, M, C] in the dtype of products.
     """
+    dtype = compute_dtype(image)
     with without_autocast(queries):
-        return _AttendToImage.apply(queries.to(compute_dtype(image)), image, position)
+        return _AttendToImage.apply(queries.to(dtype), image, position)
 
 
 def attend_to_tokens(
@@ -102,8 +113,8 @@ def _cells(image: Tensor, position: Tensor, like: Tensor) -> Iterator[tuple[slic
     cells = placed = None
     for chunk in object_chunks(len(like), image.shape[1] * width, image.device.type):
         if cells is None or not shared:
-            cells = part(image, chunk)
-            cells, placed = cells.to(like.dtype), (cells + position).to(like.dtype)
+            cells = part(image, chunk).to(like.dtype)
+            placed = cells + position.to(like.dtype)
         yield chunk, cells, placed
 
 
@@ -111,24 +122,26 @@ class _AttendToImage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, queries: Tensor, image: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(queries, image, position)
-        out = torch.empty_like(queries)
+        out, count = None, len(queries)
         for chunk, cells, placed in _cells(image, position, queries):
             weights = _merge(queries[chunk], image) @ placed.mT
-            out[chunk] = (weights.softmax(-1) @ cells).view_as(out[chunk])
+            sums = (weights.softmax(-1) @ cells).view_as(queries[chunk])
+            out = with_part(out, chunk, sums, count)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, image, position = ctx.saved_tensors
-        grad_queries, grad_image = torch.empty_like(queries), empty_total(image)
+        grad_queries, grad_image, count = None, empty_total(image), len(queries)
         with without_autocast(image):
             for chunk, cells, placed in _cells(image, position, queries):
                 query, grad_out = _merge(queries[chunk], image), _merge(grad[chunk], image)
                 weights = (query @ placed.mT).softmax(-1)
                 grad_scores = _softmax_backward(grad_out @ cells.mT, weights)
-                grad_queries[chunk] = (grad_scores @ placed).view_as(grad_queries[chunk])
-                put_part(grad_image, chunk, torch.baddbmm(weights.mT @ grad_out, grad_scores.mT, query))
+                grad_queries = with_part(grad_queries, chunk, (grad_scores @ placed).view_as(queries[chunk]), count)
+                of_cells = (weights.mT @ grad_out).baddbmm_(grad_scores.mT, query)
+                grad_image = with_gradient(grad_image, chunk, of_cells, image, count)
         return grad_queries, grad_image.to(image.dtype), None
 
 
@@ -148,10 +161,10 @@ class _AttendToTokens(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(image, position, keys, offsets, values, weight, bias)
         ctx.eps, ctx.num_heads = eps, num_heads
-        out = image.new_empty(len(keys), *image.shape[1:])
+        out = None
         for chunk, _, placed in _cells(image, position, keys):
             _, summed = _sum_tokens(image, placed, keys, offsets, values, chunk, num_heads)
-            out[chunk] = F.layer_norm(summed, weight.shape, weight, bias, eps)
+            out = with_part(out, chunk, normalize(summed, weight, bias, eps)[0], len(keys))
         return out
 
     @staticmethod
@@ -159,7 +172,7 @@ class _AttendToTokens(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, position, keys, offsets, values, weight, bias = ctx.saved_tensors
         grad_image = empty_total(image)
-        grad_keys, grad_offsets, grad_values = map(torch.empty_like, (keys, offsets, values))
+        grad_keys, grad_offsets, grad_values, count = None, None, None, len(keys)
         grad_weight, grad_bias = zero_total(weight), zero_total(bias)
         with without_autocast(image):
             for chunk, _, placed in _cells(image, position, keys):
@@ -168,13 +181,13 @@ class _AttendToTokens(torch.autograd.Function):
                 grad_weight += grads[0]
                 grad_bias += grads[1]
                 grad_out = grad_sum.to(keys.dtype)
-                grad_values[chunk] = weights.mT @ grad_out
+                grad_values = with_part(grad_values, chunk, weights.mT @ grad_out, count)
                 by_head = (weights.shape[0], weights.shape[1], ctx.num_heads, -1)
                 grad_scores = _softmax_backward((grad_out @ values[chunk].mT).view(by_head), weights.view(by_head))
                 grad_scores = grad_scores.flatten(2)
-                grad_keys[chunk] = grad_scores.mT @ placed
-                grad_offsets[chunk] = grad_scores.sum(1)
-                put_part(grad_image, chunk, grad_sum.add_(grad_scores @ keys[chunk]))
+                grad_keys = with_part(grad_keys, chunk, grad_scores.mT @ placed, count)
+                grad_offsets = with_part(grad_offsets, chunk, grad_scores.sum(1), count)
+                grad_image = with_gradient(grad_image, chunk, grad_sum.add_(grad_scores @ keys[chunk]), image, count)
         grad_norm = (grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None)
         return grad_image.to(image.dtype), None, grad_keys, grad_offsets, grad_values, *grad_norm, None
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from sam2fast_kernels.layer_norm import layer_norm_backward, normalize
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with `x` computes in: the dtype of autocast where that is on."""
@@ -98,19 +100,18 @@ def _norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 class _NormGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        y, mean, rstd = normalize(x, weight, bias, eps, gelu=True)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.eps = eps
-        return _norm_gelu(x, weight, bias, eps)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        scale, shift = weight.to(x.dtype), bias.to(x.dtype)
-        with without_autocast(x):
-            normed = F.layer_norm(x, weight.shape, scale, shift, ctx.eps)
-            grad = torch.ops.aten.gelu_backward(grad, normed)
-            grad_x, grad_weight, grad_bias = layer_norm_backward(grad, x, scale, shift, ctx.eps)
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = layer_norm_backward(
+            grad, x, weight, bias, ctx.eps, gelu=True, statistics=(mean, rstd)
+        )
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
 
 
@@ -177,13 +178,3 @@ class Attention(nn.Module):
         rows = max(len(q), len(k))
         heads = [self._heads(x).expand(rows, -1, -1, -1) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))]
         return self._attend(*heads)
-
-
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of a layer norm over the last dimension of x."""
-    _, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, x, list(weight.shape), mean, rstd, weight, bias, [True, True, True]
-    )

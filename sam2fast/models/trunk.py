@@ -200,7 +200,10 @@ class TrunkBlock(nn.Module):
             q, k, v = max_pool(q, group), k.contiguous(), v.contiguous()
         heads = self.attn.num_heads, v.shape[-1] // self.attn.num_heads
         q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._score_bias(group, q))
+        if len(q):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._score_bias(group, q))
+        else:  # all samples skip the block; the fused attention of cuDNN returns None then
+            out = q @ k.transpose(-2, -1) @ v
         return out.transpose(1, 2).flatten(2)
 
     def _score_bias(self, group: WindowGroup, q: Tensor) -> Tensor | None:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .image_attention import empty_total, object_chunks, part, put_part, zero_total
-from .layers import compute_dtype, layer_norm_backward, without_autocast
+from sam2fast_kernels.layer_norm import layer_norm_backward, normalize
+
+from .image_attention import empty_total, object_chunks, part, with_gradient, with_part, zero_total
+from .layers import compute_dtype, without_autocast
 
 
 def block(x: Tensor, levels: int) -> Tensor:
@@ -82,11 +84,11 @@ class _UpscaledMasks(torch.autograd.Function):
         ctx.save_for_backward(features, fine0, fine1, hyper, matrix1, matrix2, weight, bias)
         ctx.eps = eps
         layers = [x.to(hyper.dtype) for x in (matrix1, matrix2, weight, bias)]
-        masks = hyper.new_empty(*hyper.shape[:2], 16 * features.shape[1])
+        masks = None
         for chunk in _chunks(features, fine0):
             inputs = (part(x, chunk) for x in (features, fine0, fine1))
             *_, last = _upscale(*inputs, *layers, eps)
-            masks[chunk] = hyper[chunk] @ F.gelu(last).mT
+            masks = with_part(masks, chunk, hyper[chunk] @ F.gelu(last).mT, len(hyper))
         return masks
 
     @staticmethod
@@ -96,28 +98,33 @@ class _UpscaledMasks(torch.autograd.Function):
         features, fine0, fine1, hyper, *params = saved
         matrix1, matrix2, weight, bias = (x.to(hyper.dtype) for x in params)
         grad_features, grad_fine0, grad_fine1 = empty_total(features), empty_total(fine0), empty_total(fine1)
-        grad_hyper = torch.empty_like(hyper)
+        grad_hyper, count = None, len(hyper)
         grad_matrix1, grad_matrix2, grad_weight, grad_bias = map(zero_total, params)
         with without_autocast(features):
             for chunk in _chunks(features, fine0):
                 inputs = (part(x, chunk) for x in (features, fine0, fine1))
-                rows, summed, normed, hidden, last = _upscale(*inputs, matrix1, matrix2, weight, bias, ctx.eps)
-                grad_hyper[chunk] = grad[chunk] @ F.gelu(last)
+                rows, summed, hidden, statistics, last = _upscale(*inputs, matrix1, matrix2, weight, bias, ctx.eps)
+                grad_hyper = with_part(grad_hyper, chunk, grad[chunk] @ F.gelu(last), count)
                 grad_last = torch.ops.aten.gelu_backward(grad[chunk].mT @ hyper[chunk], last)
                 del last
-                put_part(grad_fine0, chunk, grad_last.view(len(rows), *fine0.shape[1:]))
+                of_fine0 = grad_last.view(len(rows), *fine0.shape[1:])
+                grad_fine0 = with_gradient(grad_fine0, chunk, of_fine0, fine0, count)
+                del of_fine0
                 grad_last = grad_last.view(len(rows), hidden.shape[1], -1)
                 grad_matrix2 += hidden.flatten(0, 1).T @ grad_last.flatten(0, 1)
                 del hidden
-                grad_normed = torch.ops.aten.gelu_backward(grad_last @ matrix2.T, normed)
-                del grad_last, normed
-                grad_summed, *grads = layer_norm_backward(grad_normed, summed, weight, bias, ctx.eps)
+                grad_hidden = (grad_last @ matrix2.T).view_as(summed)
+                del grad_last
+                grad_summed, *grads = layer_norm_backward(
+                    grad_hidden, summed, weight, bias, ctx.eps, gelu=True, statistics=statistics
+                )
+                del grad_hidden
                 grad_weight += grads[0]
                 grad_bias += grads[1]
                 grad_summed = grad_summed.view(len(rows), *fine1.shape[1:])
-                put_part(grad_fine1, chunk, grad_summed)
+                grad_fine1 = with_gradient(grad_fine1, chunk, grad_summed, fine1, count)
                 grad_matrix1 += rows.flatten(0, 1).T @ grad_summed.flatten(0, 1)
-                put_part(grad_features, chunk, grad_summed @ matrix1.T)
+                grad_features = with_gradient(grad_features, chunk, grad_summed @ matrix1.T, features, count)
         grads = (grad_features, grad_fine0, grad_fine1, grad_hyper, grad_matrix1, grad_matrix2, grad_weight, grad_bias)
         return *(grad.to(x.dtype) for grad, x in zip(grads, saved, strict=True)), None
 
@@ -135,11 +142,11 @@ def _upscale(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, ...]:
-    """The rows of a chunk, and the steps to the map before the last GELU [n, 16 h w, dim/8]."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    """The rows of a chunk, and the steps to the map before the last GELU [n, 16 h w, dim/8]: what is normalized, what
+    the first GELU gives, mean and reciprocal deviation."""
     rows = features.to(matrix1.dtype)
     summed = (rows @ matrix1).add_(fine1).view(len(rows), -1, len(weight))  # [n, 4 h w, dim/4]
-    normed = F.layer_norm(summed, weight.shape, weight, bias, eps)
-    hidden = F.gelu(normed)
+    hidden, *statistics = normalize(summed, weight, bias, eps, gelu=True)
     last = (hidden @ matrix2).view(len(rows), *fine0.shape[1:]).add_(fine0)
-    return rows, summed, normed, hidden, last.view(len(rows), 4 * summed.shape[1], -1)
+    return rows, summed, hidden, statistics, last.view(len(rows), 4 * summed.shape[1], -1)

@@ -134,7 +134,8 @@ class Steps:
         plan = PLANS[kind]
         inputs = {name: getattr(batch, name) for name in ("frames", "masks", "object_to_clip")}
         if plan.clicks:
-            inputs["on_object"] = torch.tensor(plan.click_from_gt).pin_memory()
+            inputs["on_object"] = torch.tensor(plan.click_from_gt)
+        inputs = {name: x.pin_memory() for name, x in inputs.items()}
         torch.manual_seed(seed)
         if self.graphs is None:
             terms = self.compute(plan.kind, {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()})
@@ -162,7 +163,7 @@ def test_replays_give_the_losses_and_gradients_of_eager_steps(deterministic, rat
     eager, graphed = Steps(rate, graphs=False), Steps(rate, graphs=True)
     kinds = ["mask", "points", "image"] * 4
     for number, kind in enumerate(kinds):
-        batch = make_batch(kind, 256, seed=number).pin_memory()
+        batch = make_batch(kind, 256, seed=number)
         want, found = eager.run(kind, batch, number), graphed.run(kind, batch, number)
         for name, value in want.items():
             error, scale = (found[name] - value).abs().max().item(), max(value.abs().max().item(), 1e-3)
@@ -173,7 +174,7 @@ def test_replays_give_the_losses_and_gradients_of_eager_steps(deterministic, rat
 @pytest.mark.gpu
 def test_replays_draw_anew_and_repeat_with_the_seed() -> None:
     steps = Steps(0.3, graphs=True)
-    batch = make_batch("mask", 256).pin_memory()
+    batch = make_batch("mask", 256)
     totals = [steps.run("mask", batch, seed, update=False)["total"].item() for seed in (0, 0, 1, 2, 1, 2)]
     assert totals[2] == totals[4] != totals[3] == totals[5]
 
@@ -183,7 +184,7 @@ def test_a_replayed_step_neither_waits_nor_launches_much() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     steps = Steps(0.1, graphs=True)
-    batches = {kind: make_batch(kind, 256).pin_memory() for kind in PLANS}
+    batches = {kind: make_batch(kind, 256) for kind in PLANS}
     for _ in range(3):
         for kind, batch in batches.items():
             steps.run(kind, batch, 0)
@@ -191,7 +192,8 @@ def test_a_replayed_step_neither_waits_nor_launches_much() -> None:
         plan = PLANS[kind]
         inputs = {name: getattr(batch, name) for name in ("frames", "masks", "object_to_clip")}
         if plan.clicks:
-            inputs["on_object"] = torch.tensor(plan.click_from_gt).pin_memory()
+            inputs["on_object"] = torch.tensor(plan.click_from_gt)
+        inputs = {name: x.pin_memory() for name, x in inputs.items()}
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
