@@ -29,7 +29,8 @@ _VIDEO_FPS = 24
 
 
 class SavVideo:
-    """One video; see `sample.VideoRecord`. The JSON is parsed and the video opened at first use."""
+    """One video; see `sample.VideoRecord`. The JSON is parsed and the video opened at first use, the video not before its
+    frames, masks or size are asked for: opening it reads the whole file."""
 
     def __init__(self, name: str, video: Path, jsons: list[Path], warn: WarnOnce):
         self.name = name
@@ -53,6 +54,8 @@ class SavVideo:
         return self._annotated
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        if max(indices, default=0) >= self.num_frames:
+            self._check_length()
         return self._reader.frames(indices)
 
     @property
@@ -61,6 +64,7 @@ class SavVideo:
         return self._reader.path if self._reader.plain else None
 
     def masks(self, frame: int) -> FrameMasks:
+        self._check_length()
         return run_length_masks(self._run_lengths(frame), self.size, self._warn)
 
     def areas(self, frame: int) -> tuple[list[int], int]:
@@ -88,13 +92,14 @@ class SavVideo:
         annotated = sorted(set.intersection(*(track.annotated() for track in self._tracks)))
         if not annotated:
             raise DataError(f"{shorten(self._jsons)} annotates no frame; name video {self.name!r} in `exclude`")
-        if annotated[-1] >= self.num_frames:
+        return annotated
+
+    def _check_length(self) -> None:
+        if self._annotated[-1] >= self.num_frames:
             raise DataError(
                 f"{self._reader.path} has {self.num_frames} frames, its annotation goes up to frame "
-                f"{annotated[-1]} ({self._jsons[0]}); restore the video, or name {self.name!r} in "
-                "`exclude`"
+                f"{self._annotated[-1]} ({shorten(self._jsons)}); restore the video, or name {self.name!r} in `exclude`"
             )
-        return annotated
 
 
 class _Masklets:
