@@ -29,8 +29,8 @@ _VIDEO_FPS = 24
 
 
 class SavVideo:
-    """One video; see `sample.VideoRecord`. The JSON is parsed and the video opened at first use, the video not before its
-    frames, masks or size are asked for: opening it reads the whole file."""
+    """One video; see `sample.VideoRecord`. The JSON is parsed at first use, the video opened when its frames, masks or
+    size are asked for: that reads the whole file."""
 
     def __init__(self, name: str, video: Path, jsons: list[Path], warn: WarnOnce):
         self.name = name
