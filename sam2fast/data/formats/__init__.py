@@ -75,6 +75,13 @@ def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
             found = _format_of_files(Path(place))
             if found:
                 return found
+    if images := next(iter(list_files(root, IMAGE_SUFFIXES)), None):
+        path = images[0] / images[1][0]
+        raise DataError(
+            f"dataset {name!r}: cannot recognize the format of {root}: {path} has no annotation, nor has another image "
+            f"there; put {path.stem}.json beside it (SA-1B) or set `annotations` to the instances JSON (COCO) or the "
+            f"folder of annotations; `root` must be a folder with {_layouts('auto')}"
+        )
     raise DataError(
         f"dataset {name!r}: cannot recognize the format of {root}, which holds {_contents(root)}; set "
         f"`format`, or `root` to a folder with {_layouts('auto')}"
