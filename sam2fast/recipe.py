@@ -247,7 +247,8 @@ def _clips(run: _Run, state: RunState, item: MixItem, entry: EntryState) -> Clip
             )
         )
     seed = [config.seed, state.stage, entry.stream]
-    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, config.model.image_size, seed, group, counts))
+    size = config.model.image_size
+    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, size, seed, group, counts), slow=True)
 
 
 class _Validation:
