@@ -94,7 +94,9 @@ def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
             raise ConfigError(f"--clips must be at least 1, not {args.clips}")
         if args.seed < 0:
             raise ConfigError(f"--seed must be at least 0, not {args.seed}")
-        if args.data:
+        if Path(args.out).suffix.lower() != ".png":
+            raise ConfigError(f"--out must be the name of a .png file, not {args.out!r}")
+        if args.data is not None:
             if overrides or args.stage:
                 raise ConfigError("key=value and --stage change a config; give --config in place of --data")
             dataset = open_dataset(DatasetConfig(root=args.data), "data", args.seed)

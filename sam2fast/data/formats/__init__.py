@@ -49,6 +49,8 @@ def resolve(config: DatasetConfig, name: str) -> DatasetConfig:
     Raises:
         DataError: missing or unrecognized folder.
     """
+    if not config.root.strip():
+        raise DataError(f"dataset {name!r}: its `root` is empty; set it to a folder with {_layouts(config.format)}")
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise DataError(_missing_folder(root, config.format, name))

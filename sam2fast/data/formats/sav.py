@@ -174,9 +174,10 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
                 jsons.setdefault(file.removesuffix(ending), []).append(path)
     if not jsons:
         wanted = " or ".join(f"*_{kind}.json" for kind in kinds)
+        other = "" if len(kinds) > 1 else " or `sav_annotations`"
         raise DataError(
             f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
-            "they lie elsewhere) or `sav_annotations`"
+            f"they lie elsewhere){other}"
         )
     videos = {file[:-4]: path for file, path in found.items() if file[-4:].lower() == ".mp4"}
     names = sorted(jsons)
