@@ -91,7 +91,7 @@ def run(config: Config, ranks: Ranks) -> Path:
         progress.message(f"the run in {folder.path} is finished; set another output_dir to train again")
     elif state.global_step:
         progress.message(f"continuing at step {state.global_step} of {total} in {folder.path}")
-    bad_data = BadDataLog(folder.path, enabled=ranks.main, resuming=state.global_step > 0)
+    bad_data = BadDataLog(folder.path, first=ranks.main, resuming=state.global_step > 0)
     telemetry = Telemetry(Meters(), log, bad_data, progress, GpuStats(ranks.device), progress.message)
     try:
         while state.stage < len(config.stages):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointStore, EntryState, RunState
 from .config import Config, StageConfig, UserError
-from .data.bad_records import BadRecords
+from .data.bad_records import BadRecord, BadRecords
 from .data.dali import DaliDecoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
@@ -124,6 +124,7 @@ class StageTrainer:
         self.mixture = Mixture(self.stage, config.seed, state.stage)
         self.entries, self.datasets = entries, datasets
         self.bad_records, self.decoder = bad_records, decoder
+        self.unshared: list[BadRecord] = []
         self.loaders: dict[int, Iterator[PackedBatch]] = {}
         self.transfer = Transfer(ranks.device)
         self.graphs: GraphedSteps | None = None
@@ -143,6 +144,7 @@ class StageTrainer:
             while state.step < self.stage.steps and not state.stopped:
                 with clock.loading():
                     batches = self._next_batches()
+                self._list_records()
                 self._step(batches)
                 item = self.mixture.item(state.step)
                 clock.count(self._samples(item))
@@ -167,7 +169,7 @@ class StageTrainer:
             for loader in self.loaders.values():
                 loader.close()
             self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
-            self.telemetry.bad_data.write(self.bad_records.take_new())
+            self._list_records()
 
     def _samples(self, item: int) -> int:
         return self.stage.samples_of_step(item, self.ranks.world_size)
@@ -259,10 +261,15 @@ class StageTrainer:
             else:
                 self.state.bad_streak = 0
 
+    def _list_records(self) -> None:
+        new = self.bad_records.take_new()
+        self.telemetry.bad_data.write(new)
+        self.unshared += new
+
     def _check_records(self) -> None:
-        """Share what ranks have met since the last call: every rank counts all, and the first one lists them."""
+        """Share what ranks have met since the last call: every rank counts all."""
         bad_records = self.bad_records
-        before, new = len(bad_records), bad_records.take_new()
+        before, new, self.unshared = len(bad_records), self.unshared, []
         if not self.ranks.sum(torch.full((), len(new), device=self.ranks.device)).item():
             return
         found = [record for records in self.ranks.gather(new) for record in records]
@@ -271,7 +278,6 @@ class StageTrainer:
                 f"warning: {found[0].name!r} of dataset {found[0].dataset!r} cannot be used and is replaced by another "
                 f"({found[0].reason}); all that this happens to are listed in {self.telemetry.bad_data.path}"
             )
-        self.telemetry.bad_data.write(found)
         self.ranks.agree(lambda: bad_records.add(found))
         bad_records.take_new()  # of the other ranks
 
