@@ -88,6 +88,7 @@ def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
         from .config import ConfigError, DatasetConfig, MixItem, nearest
         from .config_file import load_config
         from .data import sheet
+        from .data.drawing import write_png
         from .data.formats import open_dataset
 
         if args.clips < 1:
@@ -112,7 +113,7 @@ def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
             item, augment = stages[name].data[0], stages[name].augment
             dataset = open_dataset(config.data.datasets[item.dataset], item.dataset, config.seed)
             size = config.model.image_size
-        sheet.write_sheet(args.out, sheet.draw_sheet(dataset, item, augment, size, args.seed, args.clips))
+        write_png(args.out, sheet.draw_sheet(dataset, item, augment, size, args.seed, args.clips))
         print(f"wrote {args.out}: rows are augmentations, columns the frames of {min(args.clips, len(dataset))} clips")
 
     return _guarded(body)

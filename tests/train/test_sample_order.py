@@ -12,7 +12,7 @@ from sam2fast.config_file import load_config
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.sampling import ClipDataset
 
-SCRIPT = str(Path(__file__).with_name("recording_train.py"))
+SCRIPT = str(Path(__file__).resolve().parents[2] / "benchmarks" / "recording_train.py")
 RANKS = [*TORCHRUN, "--nproc_per_node=2"]
 SETTINGS = [
     "stages.0.data=[{dataset: images, max_objects: 2}]",
