@@ -55,7 +55,8 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         dataset: the records.
         item: how clips are cut from them.
         image_size: side S of the square input.
-        seed: one number or several (run, stage, item); it alone decides order and content.
+        seed: one number or several (run, stage, stream of the entry); it decides order and content, with `counts`
+            together with these and `group`.
         group: samples of an optimizer step over all ranks.
         counts: of the objects of the dataset; with them the samples of a group have about equally many.
 
