@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Loader processes import this file too: what they do not need is imported where it is used.
-from sam2fast import train as entry  # noqa: E402
+from sam2fast import train  # noqa: E402, F401  (makes both packages importable)
 
+RECORDER = ROOT / "benchmarks" / "recording_train.py"
 SIDE = 64
 BATCH = {"images": 10, "videos": 2}
 FRAMES = {"images": 1, "videos": 3}
@@ -47,37 +47,6 @@ stages:
       prompts: {{correction_clicks: 0}}}}
 checkpoint: {{every: 10}}
 """
-
-
-def train(argv: Sequence[str]) -> int:
-    """`train.py` that also writes the samples of each step, and the memory of the trainer and its loader processes."""
-    import psutil
-
-    from sam2fast import recipe
-
-    class RecordingTrainer(recipe.StageTrainer):
-        def _step(self, batches):
-            super()._step(batches)
-            this = psutil.Process()
-            line = {
-                "step": self.state.global_step,
-                "stage": self.stage.name,
-                "ids": [sample_id for batch in batches for sample_id in batch.sample_ids],
-                "trainer": own_memory(this),
-                "workers": [
-                    own_memory(process) for process in this.children(recursive=True) if process.ppid() != this.pid
-                ],
-            }
-            with open(os.environ["RECORD"], "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    recipe.StageTrainer = RecordingTrainer
-    return entry.main(list(argv))
-
-
-def own_memory(process) -> int:
-    """Resident bytes of a process that it shares with no other."""
-    return process.memory_full_info().uss
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,8 +107,8 @@ def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int
         config = temporary / f"{name}.yaml"
         settings = {"side": SIDE, "workers": workers, "data": data, "output": temporary / name, **BATCH}
         config.write_text(CONFIG.format(**settings, image_steps=steps["images"], video_steps=steps["videos"]))
-        commands.append([sys.executable, __file__, "train", "--config", str(config)])
-        records.append(temporary / f"{name}.jsonl")
+        commands.append([sys.executable, str(RECORDER), "--config", str(config)])
+        records.append(temporary / f"{name}.0")  # of the one rank
     began = time.monotonic()
     run(commands[0], records[0])
     print(f"trained in {time.monotonic() - began:.0f} s", flush=True)
@@ -178,7 +147,7 @@ def run(command: list[str], record: Path, kill: int | None = None) -> None:
     """Train; with `kill` until that step is in the record, then end every process at once."""
     import psutil
 
-    environment = {**os.environ, "RECORD": str(record), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "RECORD": str(record.with_suffix("")), "OMP_NUM_THREADS": "1"}
     log = record.with_suffix(".log")
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -199,4 +168,4 @@ def read(record: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(train(sys.argv[2:]) if sys.argv[1:2] == ["train"] else main())
+    sys.exit(main())

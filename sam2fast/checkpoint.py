@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .config import UserError
+from .config import StageConfig, UserError
 from .parallel import Engine, Ranks
 
 
@@ -27,17 +28,32 @@ class ResumeError(UserError):
 
 
 @dataclass
+class EntryState:
+    """Where an entry of a stage's `data:` stands. Its fields hold for the stage, wherever in the list it is later."""
+
+    dataset: str
+    frames: int
+    stream: int
+    """Number of its order of samples; no other entry of the stage has it."""
+    group: int
+    """Samples of an optimizer step when it began. The order of balanced samples depends on it, so it stays when the
+    stage goes on with more or fewer."""
+    taken: int = 0
+    """Samples taken by all ranks: another number of ranks, or another batch size, continues with the next one."""
+
+
+@dataclass
 class RunState:
-    """What continues besides weights and optimizer. The order of samples is a function of (seed, stage), all other
-    randomness one of (seed, stage, step)."""
+    """What continues besides weights and optimizer. The order of samples is a function of the seed, the stage, the
+    entry's stream and, where it is balanced, of its group and of the numbers of objects that were counted. All other
+    randomness is a function of (seed, stage, step), and of the rank for what does not shape the graph."""
 
     stage: int = 0
     """Index of the stage that is being trained."""
     step: int = 0
     """Optimizer steps done in that stage."""
-    positions: list[int] = field(default_factory=list)
-    """Samples taken from each entry of the stage's `data` by all ranks: another number of ranks, or another batch size,
-    continues with the sample after them. Empty before the first step."""
+    entries: list[EntryState] = field(default_factory=list)
+    """Entries that the stage's `data` has, or had before the run was continued without them; see `match_entries`."""
     global_step: int = 0
     bad_steps: int = 0
     """Steps skipped so far because a loss or gradient was not finite."""
@@ -45,11 +61,38 @@ class RunState:
     seconds: float = 0.0
     """Wall time spent before this state, over all resumes."""
     guards: dict[str, Any] = field(default_factory=dict)
-    groups: list[int] = field(default_factory=list)
-    """Samples of each dataset of the current stage in one optimizer step, as the stage began. The order of balanced
-    samples depends on it, so it stays when the stage goes on with more or fewer."""
     stopped: str = ""
     """Why the current stage ended before its last step; empty while it goes on."""
+
+    def match_entries(self, stage: StageConfig, world_size: int) -> list[EntryState]:
+        """The entry of each item of `stage.data`, by its dataset and number of frames; `entries` gets those that are
+        new.
+
+        Raises:
+            ResumeError: several entries have the same dataset and number of frames, and not as many as before.
+        """
+        known: dict[tuple[str, int], list[EntryState]] = {}
+        for entry in self.entries:
+            known.setdefault((entry.dataset, entry.frames), []).append(entry)
+        wanted = Counter((item.dataset, item.frames) for item in stage.data)
+        for (dataset, frames), count in wanted.items():
+            before = len(known.get((dataset, frames), ()))
+            if before and before != count:
+                raise ResumeError(
+                    f"stage {stage.name!r} had {before} entries of dataset {dataset!r} with {frames} frames in `data` "
+                    f"and now has {count}, so which of them go on cannot be told; restore them, or start a new "
+                    "output_dir with model.checkpoint set to the weights of the last finished stage"
+                )
+        found = []
+        for index, item in enumerate(stage.data):
+            entries = known.get((item.dataset, item.frames))
+            if entries:
+                found.append(entries.pop(0))
+            else:
+                group = stage.samples_of_step(index, world_size)
+                found.append(EntryState(item.dataset, item.frames, len(self.entries), group))
+                self.entries.append(found[-1])
+        return found
 
 
 class CheckpointStore:
@@ -92,7 +135,7 @@ class CheckpointStore:
         found = self.complete()
         if not found:
             return None
-        return found[-1], RunState(**_header(found[-1])["state"])
+        return found[-1], _state(found[-1])
 
     def load(self, engine: Engine, path: Path) -> None:
         """Restore weights and optimizer.
@@ -143,14 +186,29 @@ def load_state(folder: Path) -> RunState:
     """Read what `save_state` wrote.
 
     Raises:
-        ResumeError: the file is damaged.
+        ResumeError: the file is damaged, or of another version.
     """
-    return RunState(**_header(folder)["state"])
+    return _state(folder)
+
+
+def _state(folder: Path) -> RunState:
+    values = _header(folder).get("state")
+    try:
+        return RunState(**values | {"entries": [EntryState(**entry) for entry in values["entries"]]})
+    except (TypeError, KeyError, AttributeError):
+        raise ResumeError(
+            f"{folder / 'state.json'} was written by another version of sam2fast, which noted the position in the data "
+            "otherwise; finish the run with that version, or start a new output_dir with model.checkpoint set to the "
+            "weights of the last finished stage"
+        ) from None
 
 
 def _header(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "state.json").read_text())
+        header = json.loads((path / "state.json").read_text())
+        if not isinstance(header, dict):
+            raise ValueError("it holds no settings")
+        return header
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
 

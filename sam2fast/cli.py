@@ -88,13 +88,16 @@ def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
         from .config import ConfigError, DatasetConfig, MixItem, nearest
         from .config_file import load_config
         from .data import sheet
+        from .data.drawing import write_png
         from .data.formats import open_dataset
 
         if args.clips < 1:
             raise ConfigError(f"--clips must be at least 1, not {args.clips}")
         if args.seed < 0:
             raise ConfigError(f"--seed must be at least 0, not {args.seed}")
-        if args.data:
+        if Path(args.out).suffix.lower() != ".png":
+            raise ConfigError(f"--out must be the name of a .png file, not {args.out!r}")
+        if args.data is not None:
             if overrides or args.stage:
                 raise ConfigError("key=value and --stage change a config; give --config in place of --data")
             dataset = open_dataset(DatasetConfig(root=args.data), "data", args.seed)
@@ -110,7 +113,7 @@ def augmentations(args: argparse.Namespace, overrides: list[str]) -> int:
             item, augment = stages[name].data[0], stages[name].augment
             dataset = open_dataset(config.data.datasets[item.dataset], item.dataset, config.seed)
             size = config.model.image_size
-        sheet.write_sheet(args.out, sheet.draw_sheet(dataset, item, augment, size, args.seed, args.clips))
+        write_png(args.out, sheet.draw_sheet(dataset, item, augment, size, args.seed, args.clips))
         print(f"wrote {args.out}: rows are augmentations, columns the frames of {min(args.clips, len(dataset))} clips")
 
     return _guarded(body)

@@ -40,8 +40,9 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
+        source = ", ".join([str(path), *(f"override {text!r}" for text in overrides if "${" in text)])
         raise ConfigError(
-            f"{path} cannot be read: {reason}; compare it with the configs that ship with sam2fast"
+            f"{source} cannot be read: {reason}; compare it with the configs that ship with sam2fast"
         ) from None
     return parse_config(values, source=str(path))
 
@@ -76,12 +77,21 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _apply_override(tree: Any, override: str) -> None:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     key, separator, text = override.partition("=")
     if not separator or not key or key.startswith("-"):
         raise ConfigError(f"cannot read override {override!r}; write key=value, for example model.size=tiny")
     # kept unresolved: an override may refer to other settings, ${data.root}
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (OmegaConfBaseException, YAMLError) as error:
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"override {override!r}: its value cannot be read ({reason}); write it as YAML, and text that has "
+            f"{{ }} [ ] : or # in it within quotes: {key}='\"TEXT\"'"
+        ) from None
     node, parts = tree, key.split(".")
     for i, part in enumerate(parts[:-1]):
         if OmegaConf.is_list(node):

@@ -14,6 +14,7 @@ The run folder:
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,10 @@ import torch
 
 from sam2fast_kernels import library
 
-from .checkpoint import CheckpointStore, RunState, save_state, write_folder
-from .config import Config, ConfigError, ModelConfig, StageConfig
+from .checkpoint import CheckpointStore, EntryState, RunState, save_state, write_folder
+from .config import Config, ConfigError, DatasetConfig, MixItem, ModelConfig, StageConfig
 from .data.bad_records import BadRecords
-from .data.dali import choose_backend
+from .data.dali import DaliDecoder, build_decoder, choose_backend
 from .data.formats import open_dataset
 from .data.index import object_counts
 from .data.sample import Dataset
@@ -62,6 +63,7 @@ class _Run:
     datasets: dict[str, Dataset]
     telemetry: Telemetry
     bad_records: BadRecords
+    decoder: DaliDecoder | None
 
 
 def run(config: Config, ranks: Ranks) -> Path:
@@ -71,8 +73,7 @@ def run(config: Config, ranks: Ranks) -> Path:
     """
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
-    # A back end that is not there is said before anything starts.
-    ranks.agree(lambda: choose_backend(config.data.backend, ranks.device))
+    decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
@@ -80,7 +81,8 @@ def run(config: Config, ranks: Ranks) -> Path:
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
     if config.data.workers:
         start_fork_server()  # now, for it takes as long as building the model
-    datasets = ranks.agree(lambda: _open_datasets(config))
+    datasets = _open_datasets(config.data.datasets, config.seed, ranks)
+    ranks.agree(lambda: check_sets(config.validation, datasets))
     bad_records = BadRecords({name: len(dataset) for name, dataset in datasets.items()}, config.data.max_bad_share)
     total = sum(stage.steps for stage in config.stages)
     log = RunLog(folder.path, enabled=ranks.main, resume_step=state.global_step)
@@ -89,11 +91,13 @@ def run(config: Config, ranks: Ranks) -> Path:
         progress.message(f"the run in {folder.path} is finished; set another output_dir to train again")
     elif state.global_step:
         progress.message(f"continuing at step {state.global_step} of {total} in {folder.path}")
-    bad_data = BadDataLog(folder.path, enabled=ranks.main, resuming=state.global_step > 0)
+    bad_data = BadDataLog(folder.path, first=ranks.main, resuming=state.global_step > 0)
     telemetry = Telemetry(Meters(), log, bad_data, progress, GpuStats(ranks.device), progress.message)
     try:
         while state.stage < len(config.stages):
-            _train_stage(_Run(config, ranks, folder, store, datasets, telemetry, bad_records), state, checkpoint)
+            _train_stage(
+                _Run(config, ranks, folder, store, datasets, telemetry, bad_records, decoder), state, checkpoint
+            )
             checkpoint = None
     finally:
         progress.close()
@@ -104,10 +108,26 @@ def run(config: Config, ranks: Ranks) -> Path:
     return folder.path
 
 
-def _open_datasets(config: Config) -> dict[str, Dataset]:
-    datasets = {name: open_dataset(entry, name, config.seed) for name, entry in config.data.datasets.items()}
-    check_sets(config.validation, datasets)
-    return datasets
+def _decoder(config: Config, ranks: Ranks) -> DaliDecoder | None:
+    """What renders frames, the same on all ranks: pixels differ a little between back ends."""
+    choices = ranks.gather(ranks.agree(lambda: choose_backend(config.data.backend, ranks.device)))
+    backend = choices[0] if len(set(choices)) == 1 else "opencv"
+    if backend != choices[ranks.rank]:
+        print(
+            f"warning: data.backend=auto takes opencv on all ranks, because rank {choices.index('opencv')} has no DALI"
+        )
+    return build_decoder(backend, config.data, ranks.device)
+
+
+def _open_datasets(entries: Mapping[str, DatasetConfig], seed: int, ranks: Ranks) -> dict[str, Dataset]:
+    """The first rank of each machine opens them first: the index of tar files that it leaves spares the others the scan
+    of their headers, which may take long."""
+
+    def opened() -> dict[str, Dataset]:
+        return {name: open_dataset(entry, name, seed) for name, entry in entries.items()}
+
+    first = ranks.agree(lambda: None if ranks.local_rank else opened(), slow=True)
+    return ranks.agree(lambda: first or opened(), slow=True)
 
 
 def _architecture(settings: ModelConfig) -> Architecture:
@@ -162,10 +182,9 @@ def evaluate_checkpoint(config: Config, checkpoint: str | Path, ranks: Ranks) ->
     `output_dir`."""
     if not config.validation.sets:
         raise ConfigError("the config has no validation.sets to evaluate on")
-    datasets = {
-        entry.dataset: open_dataset(config.data.datasets[entry.dataset], entry.dataset, config.seed)
-        for entry in config.validation.sets
-    }
+    names = {entry.dataset for entry in config.validation.sets}
+    entries = {name: entry for name, entry in config.data.datasets.items() if name in names}
+    datasets = _open_datasets(entries, config.seed, ranks)
     model = build_model(config, checkpoint).to(ranks.device).eval()
     with torch.no_grad(), autocast(config.precision, ranks.device):
         return validate(model, config.validation, datasets, ranks, Path(config.output_dir) / "evaluation")
@@ -191,17 +210,15 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     try:
         if checkpoint is not None:
             run.store.load(engine, checkpoint)
-        added = range(len(state.groups), len(stage.data))
-        state.groups += [stage.samples_of_step(item, ranks.world_size) for item in added]
-        clips = [_clips(run, state, index) for index in range(len(stage.data))]
+        entries = ranks.agree(lambda: state.match_entries(stage, ranks.world_size))
+        clips = [_clips(run, state, item, entry) for item, entry in zip(stage.data, entries, strict=True)]
         validation = _Validation(run, state, engine)
         run.telemetry.progress.message(
             f"stage {stage.name}: {stage.steps} steps, {config.precision}, {ranks.world_size} x {ranks.device.type}, "
             f"{engine.layout['engine']} engine; the first numbers come after {config.log_every} steps"
         )
-        trainer = StageTrainer(
-            config, state, engine, clips, ranks, run.store, run.telemetry, validation, run.bad_records
-        )
+        trainer = StageTrainer(config, state, engine, entries, clips, ranks, run.store, run.telemetry, validation,
+                               run.bad_records, run.decoder)  # fmt: skip
         trainer.train()
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
@@ -211,25 +228,27 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     folder = run.folder.stage(config, state.stage)
     validation.end_stage()
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
-    state.positions, state.groups = [], []
+    state.entries = []
     if ranks.main:
         write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
     ranks.barrier()
 
 
-def _clips(run: _Run, state: RunState, index: int) -> ClipDataset:
+def _clips(run: _Run, state: RunState, item: MixItem, entry: EntryState) -> ClipDataset:
     """Samples of a dataset of the stage."""
     config, ranks = run.config, run.ranks
-    stage = config.stages[state.stage]
-    item, group = stage.data[index], state.groups[index]
+    stage, group = config.stages[state.stage], entry.group
     dataset, counts = run.datasets[item.dataset], None
     if item.balance and group > 1:
         settings, report = config.data.datasets[item.dataset], run.telemetry.progress.message
         counts = ranks.broadcast(
-            ranks.agree(lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None)
+            ranks.agree(
+                lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None, slow=True
+            )
         )
-    seed = [config.seed, state.stage, index]
-    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, config.model.image_size, seed, group, counts))
+    seed = [config.seed, state.stage, entry.stream]
+    size = config.model.image_size
+    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, size, seed, group, counts), slow=True)
 
 
 class _Validation:

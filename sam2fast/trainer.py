@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointStore, RunState
+from .checkpoint import CheckpointStore, EntryState, RunState
 from .config import Config, StageConfig, UserError
-from .data.bad_records import BadRecords
-from .data.dali import build_decoder
+from .data.bad_records import BadRecord, BadRecords
+from .data.dali import DaliDecoder
 from .data.loaders import build_loader
 from .data.mixture import Mixture
 from .data.sample import Batch, PackedBatch
@@ -95,33 +95,38 @@ class IntervalClock:
 
 
 class StageTrainer:
-    """Trains one stage from `state.step` to its end, saving, validating and logging on the way."""
+    """Trains one stage from `state.step` to its end, saving, validating and logging on the way.
+
+    Args:
+        entries: of the items of the stage's `data`, as `state.match_entries` gives them.
+        datasets: of the same items.
+        decoder: see `loaders.build_loader`.
+    """
 
     def __init__(
         self,
         config: Config,
         state: RunState,
         engine: Engine,
+        entries: list[EntryState],
         datasets: list[ClipDataset],
         ranks: Ranks,
         store: CheckpointStore,
         telemetry: Telemetry,
         validate: Callable[[], dict[str, float]],
         bad_records: BadRecords,
+        decoder: DaliDecoder | None = None,
     ) -> None:
         self.config, self.state, self.engine, self.ranks = config, state, engine, ranks
         self.stage: StageConfig = config.stages[state.stage]
         self.store, self.telemetry, self.validate = store, telemetry, validate
         self.loss = SegmentationLoss(self.stage.loss)
         self.mixture = Mixture(self.stage, config.seed, state.stage)
-        self.datasets, self.bad_records = datasets, bad_records
+        self.entries, self.datasets = entries, datasets
+        self.bad_records, self.decoder = bad_records, decoder
+        self.unshared: list[BadRecord] = []
         self.loaders: dict[int, Iterator[PackedBatch]] = {}
-        self.decoder = build_decoder(config.data, ranks.device)
         self.transfer = Transfer(ranks.device)
-        if not state.positions:  # at the start of a stage, or in a checkpoint that does not hold them yet
-            taken = [self.mixture.position(item, state.step) for item in range(len(datasets))]
-            state.positions = [steps * self._samples(item) for item, steps in enumerate(taken)]
-        state.positions += [0] * (len(datasets) - len(state.positions))  # of data that was added since
         self.graphs: GraphedSteps | None = None
         if config.model.cuda_graphs:
             self.graphs = GraphedSteps(engine, self._terms_of_inputs, CudaCapture(), engine.module.constant_tables)
@@ -139,10 +144,11 @@ class StageTrainer:
             while state.step < self.stage.steps and not state.stopped:
                 with clock.loading():
                     batches = self._next_batches()
+                self._list_records()
                 self._step(batches)
                 item = self.mixture.item(state.step)
                 clock.count(self._samples(item))
-                state.positions[item] += self._samples(item)
+                self.entries[item].taken += self._samples(item)
                 state.step += 1
                 state.global_step += 1
                 state.seconds = time.monotonic() - started
@@ -163,7 +169,7 @@ class StageTrainer:
             for loader in self.loaders.values():
                 loader.close()
             self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
-            self.telemetry.bad_data.write(self.bad_records.take_new())
+            self._list_records()
 
     def _samples(self, item: int) -> int:
         return self.stage.samples_of_step(item, self.ranks.world_size)
@@ -178,7 +184,7 @@ class StageTrainer:
                 self.stage.data[item].batch_size,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
-                start=self.state.positions[item],
+                start=self.entries[item].taken,
                 workers=self.config.data.workers,
                 accumulate=self.stage.accumulate,
                 prefetch=self.config.data.prefetch,
@@ -255,10 +261,15 @@ class StageTrainer:
             else:
                 self.state.bad_streak = 0
 
+    def _list_records(self) -> None:
+        new = self.bad_records.take_new()
+        self.telemetry.bad_data.write(new)
+        self.unshared += new
+
     def _check_records(self) -> None:
-        """Share what ranks have met since the last call: every rank counts all, and the first one lists them."""
+        """Share what ranks have met since the last call: every rank counts all."""
         bad_records = self.bad_records
-        before, new = len(bad_records), bad_records.take_new()
+        before, new, self.unshared = len(bad_records), self.unshared, []
         if not self.ranks.sum(torch.full((), len(new), device=self.ranks.device)).item():
             return
         found = [record for records in self.ranks.gather(new) for record in records]
@@ -267,7 +278,6 @@ class StageTrainer:
                 f"warning: {found[0].name!r} of dataset {found[0].dataset!r} cannot be used and is replaced by another "
                 f"({found[0].reason}); all that this happens to are listed in {self.telemetry.bad_data.path}"
             )
-        self.telemetry.bad_data.write(found)
         self.ranks.agree(lambda: bad_records.add(found))
         bad_records.take_new()  # of the other ranks
 

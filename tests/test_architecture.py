@@ -20,7 +20,8 @@ PACKAGES = {"sam2fast": ROOT / "sam2fast", "sam2fast_kernels": ROOT / "kernels"}
 ALLOWED = {
     "config_section": set(),
     "performance": {"config_section"},
-    "config": {"config_section", "performance"},
+    "config_data": {"config_section"},
+    "config": {"config_section", "config_data", "performance"},
     "compat": set(),
     "config_file": {"config"},
     "data": {"config"},

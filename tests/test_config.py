@@ -91,3 +91,12 @@ def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match="no config file at"):
         load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "override", ["name={a", "name=[a", "name='a", "name=${a", "name=${nope}", "stages.0.steps=a: b: c"]
+)
+def test_broken_override_is_named(minimal: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["data.root=/e", override])
+    assert f"override {override!r}" in str(caught.value) and "/e" not in str(caught.value)

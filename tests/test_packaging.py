@@ -171,6 +171,14 @@ def test_pins_lie_within_the_declared_ranges():
         assert not any(part.operator == "==" for part in requirement.specifier), f"{text}: pins belong in requirements/"
 
 
+def test_extra_for_tests_brings_what_make_env_installs():
+    lines = (ROOT / "requirements" / "test.txt").read_text().splitlines()
+    pinned = {Requirement(text).name for line in lines if (text := line.partition("#")[0].strip())}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {Requirement(text).name for text in extras["test"]} == pinned
+    assert set(extras["dali"]) <= set(extras["test"])
+
+
 def test_cpu_and_cuda_builds_are_the_same_version_of_torch():
     files = [ROOT / "requirements" / name for name in ("torch-cpu.txt", "torch-cuda.txt", "constraints.txt")]
     pins = [re.findall(r"^torch={2,3}([\d.]+)$", file.read_text(), re.MULTILINE) for file in files]

@@ -124,7 +124,7 @@ def _trainer(setup: Setup, frames: int) -> trainer.StageTrainer:
     optim, ranks = config.stages[0].optim, Ranks(0, RANKS, 0, torch.device("cuda"))
     engine = TorchEngine(optim, ranks, model, build_groups(model, optim), config.precision)
     telemetry = trainer.Telemetry(Meters(), None, None, None, dict, print)
-    return trainer.StageTrainer(config, RunState(), engine, [], ranks, None, telemetry, dict, BadRecords({}, 0))
+    return trainer.StageTrainer(config, RunState(), engine, [], [], ranks, None, telemetry, dict, BadRecords({}, 0))
 
 
 @contextmanager

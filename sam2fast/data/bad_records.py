@@ -83,15 +83,15 @@ class RecordGuard:
         self._dataset, self._limit = dataset, limit
         self._known: set[str] = set()
         self._new: list[BadRecord] = []
-        self.last = ""
-        """Text of the error that was swallowed last."""
+        self.reasons: list[str] = []
+        """Texts of the errors that were swallowed; for the user to empty."""
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         try:
             yield
         except DataError as error:
-            self.last = str(error)
+            self.reasons.append(str(error))
             if name not in self._known:
                 self._known.add(name)
                 self._new.append(BadRecord(self._dataset, name, str(error)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,12 @@ def cached(source: Path, kind: str, build: Callable[[], Arrays]) -> Arrays:
     arrays = load(places, stamp)
     if arrays is None:
         arrays = build()
-        store(places, stamp, arrays)
+        if store(places, stamp, arrays) is None:
+            warnings.warn(
+                f"what was read from {source} cannot be kept in {places[0].parent} or {places[1].parent}, so every "
+                "process reads it again at every start; let one of these folders be written, or set XDG_CACHE_HOME",
+                stacklevel=2,
+            )
     return arrays
 
 

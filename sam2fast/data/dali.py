@@ -56,13 +56,9 @@ def _is_installed() -> bool:
         return False
 
 
-def build_decoder(config: DataConfig, device: torch.device) -> DaliDecoder | None:
-    """What `loaders.build_loader` takes as `decoder`; None where OpenCV renders.
-
-    Raises:
-        ConfigError: as `choose_backend`.
-    """
-    if choose_backend(config.backend, device) == "opencv":
+def build_decoder(backend: Literal["opencv", "dali"], config: DataConfig, device: torch.device) -> DaliDecoder | None:
+    """What `loaders.build_loader` takes as `decoder`, once `choose_backend` has decided; None where OpenCV renders."""
+    if backend == "opencv":
         return None
     return DaliDecoder(device, config.dali_prefetch, threads=max(1, config.workers))
 

@@ -1,12 +1,16 @@
-"""Masks drawn over images."""
+"""Masks drawn over images, and pictures on disk."""
 
 from __future__ import annotations
 
 import colorsys
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
+
+from .sample import DataError
 
 _WHITE = (255, 255, 255)
 
@@ -37,3 +41,19 @@ def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A bool mask at a smaller size (H, W): pixels mostly of the object, or all that it touches."""
     share = cv2.resize(mask.astype(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_AREA)
     return share > 127 if (share > 127).any() else share > 0
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Save uint8 [H, W, 3] RGB; the file appears when it is whole.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None

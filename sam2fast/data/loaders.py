@@ -31,6 +31,10 @@ _DEAD_WORKER = (
 )
 
 
+_REASONS = 3
+"""Records of a sample, at most, for which an error says why they could not be used."""
+
+
 def build_loader(
     dataset: ClipDataset,
     batch_size: int,
@@ -151,13 +155,15 @@ class _Batches:
                 self._in_flight.note(worker, number, name)
             return self._guard.using(name)
 
-        self._guard.last = ""
+        reasons = self._guard.reasons
+        reasons.clear()
         try:
             return self._dataset.draw(number, self._use, guard)
         except DataError as error:
-            if self._guard.last in ("", str(error)):
+            if not reasons or reasons[-1] == str(error):
                 raise
-            raise DataError(f"{error}. Some could not be used, the last one: {self._guard.last}") from None
+            first = list(dict.fromkeys(reasons))[:_REASONS]
+            raise DataError("\n  ".join([f"{error}. Those that could not be used begin with:", *first])) from None
 
 
 def _checked(

@@ -37,10 +37,6 @@ class Mixture:
         """Index of the item that step `step` (from 0) uses."""
         return int(self._order_to(step + 1)[step])
 
-    def position(self, item: int, step: int) -> int:
-        """How many steps before `step` used `item`: the step's place in that item's own data order."""
-        return int(np.count_nonzero(self._order_to(step)[:step] == item))
-
     def _order_to(self, steps: int) -> np.ndarray:
         while len(self._order) < steps:
             more = self._alternate() if self._mode == "alternate" else self._draw()

@@ -1,6 +1,8 @@
 """The endless order of samples: passes over the records, repeats, and steps whose samples have equally many objects.
 
-Everything is a function of the seed and the sample number alone, whatever the number of ranks and loader processes.
+Everything is a function of the seed, the sample number and the repeats; with balance also of the samples of an
+optimizer step (`group`) and of the objects that were counted. How the samples are split over ranks, micro-batches and
+loader processes changes nothing.
 """
 
 from __future__ import annotations

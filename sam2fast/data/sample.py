@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import torch
@@ -83,8 +83,28 @@ class Sample:
     """Where the sample comes from, for messages: `dataset/video@frame,frame,...`."""
 
 
+class _Clips:
+    """What the two forms of a batch have in common."""
+
+    frames: torch.Tensor
+    object_to_clip: torch.Tensor
+
+    @property
+    def num_frames(self) -> int:
+        return self.frames.shape[1]
+
+    @property
+    def num_objects(self) -> int:
+        return len(self.object_to_clip)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The batch with its tensors changed."""
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
 @dataclass
-class Batch:
+class Batch(_Clips):
     """B clips of T frames, their N objects side by side."""
 
     frames: torch.Tensor
@@ -97,23 +117,12 @@ class Batch:
     """One of each clip."""
 
     @property
-    def num_frames(self) -> int:
-        return self.frames.shape[1]
-
-    @property
-    def num_objects(self) -> int:
-        return self.masks.shape[1]
-
-    @property
     def is_video(self) -> bool:
         return self.num_frames > 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its tensors on `device`."""
-        frames, masks, object_to_clip = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.frames, self.masks, self.object_to_clip)
-        )
-        return Batch(frames, masks, object_to_clip, self.sample_ids)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pack(self) -> PackedBatch:
         """The batch, on the CPU, with eight pixels of its masks to a byte."""
@@ -124,7 +133,7 @@ class Batch:
 
 
 @dataclass
-class PackedBatch:
+class PackedBatch(_Clips):
     """A batch on its way through queues and buses. Masks of three objects are as many bytes as the frames; as bits they
     are an eighth."""
 
@@ -135,14 +144,6 @@ class PackedBatch:
     """Pixels of a row of the masks."""
     object_to_clip: torch.Tensor
     sample_ids: list[str]
-
-    @property
-    def num_frames(self) -> int:
-        return self.frames.shape[1]
-
-    @property
-    def num_objects(self) -> int:
-        return self.packed_masks.shape[1]
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, from where `copied(device, non_blocking=True)` does not wait."""
@@ -161,11 +162,6 @@ class PackedBatch:
         else:
             masks = unpack_masks(moved.packed_masks, self.width)
         return Batch(moved.frames, masks, moved.object_to_clip, self.sample_ids)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
-        tensors = (self.frames, self.packed_masks, self.object_to_clip)
-        frames, packed_masks, object_to_clip = map(change, tensors)
-        return PackedBatch(frames, packed_masks, self.width, object_to_clip, self.sample_ids)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -55,12 +55,13 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         dataset: the records.
         item: how clips are cut from them.
         image_size: side S of the square input.
-        seed: one number or several (run, stage, item); it alone decides order and content.
+        seed: one number or several (run, stage, stream of the entry); it decides order and content, with `counts`
+            together with these and `group`.
         group: samples of an optimizer step over all ranks.
         counts: of the objects of the dataset; with them the samples of a group have about equally many.
 
     Raises:
-        DataError: a pattern of `item.repeat_names` that matches no record.
+        DataError: a pattern of `item.repeat_names` that matches no record, or a clip length that no record has.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         factors = repeat_factors(dataset, item)
         self._used = np.arange(len(dataset)) if factors is None else np.flatnonzero(factors)
         self._order = SampleOrder(len(dataset), seed, group, factors, first_frames)
+        _check_length(dataset, self._used, item)
 
     def __len__(self) -> int:
         """Records; an epoch has as many samples, but for repeats."""
@@ -112,7 +114,7 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
             DataError: a defect of the data; or no visible object in any of many records.
         """
         slot, rng = self._order[number], self._order.generator(number)
-        index = slot.record
+        index, readable = slot.record, False
         for _ in range(_MAX_DRAWS):
             wanted = None if slot.objects is None else Wanted(slot.objects, self._counts[index])
             record = self._dataset[index]
@@ -120,8 +122,14 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
                 plan = plan_sample(record, self._item, self._augment, self._image_size, rng, wanted)
                 if plan is not None:
                     return use(plan)
+                readable = True
             index = int(self._used[rng.integers(len(self._used))])
         item = self._item
+        if not readable:
+            raise DataError(
+                f"dataset {item.dataset!r}: no record could be used, {_MAX_DRAWS} draws for a sample gave none; "
+                "correct its `root` and `annotations`, or look at it with `sam2fast check-data`"
+            )
         raise DataError(
             f"dataset {item.dataset!r}: {_MAX_DRAWS} draws, the last {self._dataset[index].name!r}, found no object of "
             f"`min_area` {item.min_area:g} to `max_area` {item.max_area:g} that can be seen at {self._image_size} x "
@@ -150,6 +158,32 @@ def repeat_factors(dataset: Dataset, item: MixItem) -> np.ndarray | None:
             )
         factors[found & np.isnan(factors)] = factor
     return np.where(np.isnan(factors), np.float32(item.repeat), factors)
+
+
+def frames_needed(item: MixItem) -> int:
+    """Annotated frames that a clip spans at least."""
+    return (item.frames - 1) * item.stride[0] + 1
+
+
+def _check_length(dataset: Dataset, used: np.ndarray, item: MixItem) -> None:
+    """That some record of `used` is long enough for a clip: the annotations are read up to the first one that is."""
+    needed, longest, name = frames_needed(item), 0, ""
+    for index in used if needed > 1 else ():
+        record = dataset[int(index)]
+        try:
+            available = len(record.annotated)
+        except DataError:  # for training to count
+            continue
+        if available >= needed:
+            return
+        if available > longest:
+            longest, name = available, record.name
+    if longest:
+        raise DataError(
+            f"dataset {item.dataset!r}: no video is long enough for clips of {item.frames} frames at stride "
+            f"{item.stride[0]}, which need {needed} annotated frames; the longest, {name!r}, has {longest}; lower "
+            "`frames` or `stride`" + (" (images have `frames: 1`)" if longest == 1 else "")
+        )
 
 
 def plan_sample(
@@ -220,7 +254,7 @@ def sample_window(
         DataError: the record has fewer annotated frames than the clip needs.
     """
     available, (low, high) = len(record.annotated), item.stride
-    needed = (item.frames - 1) * low + 1
+    needed = frames_needed(item)
     if available < needed:
         raise DataError(
             f"video {record.name!r} of dataset {item.dataset!r} has {available} annotated frames, a clip of "

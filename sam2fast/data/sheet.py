@@ -6,10 +6,8 @@ augmentation that training applies with some probability is always applied here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -67,22 +65,6 @@ def draw_sheet(
         turned = [_with_masks(replace(plan, frames=plan.frames[::-1])) for plan in plans]
         rows.append(np.hstack([_cells(new, old, "time reversal") for new, old in zip(turned, plans, strict=True)]))
     return np.vstack(rows)
-
-
-def write_sheet(path: str | os.PathLike, sheet: np.ndarray) -> None:
-    """Save a sheet as PNG; the file appears when it is whole.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(cv2.imencode(".png", sheet[..., ::-1])[1].tobytes())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 
 def _plain_plans(

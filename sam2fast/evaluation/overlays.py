@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..data.drawing import draw_masks
+from ..data.drawing import draw_masks, write_png
 from .vos import FrameResult
 
 Masks = dict[int, np.ndarray]
@@ -80,11 +80,7 @@ class _Strip:
         margin = np.zeros((self._columns[0].shape[0], _MARGIN, 3), np.uint8)
         for row, name in enumerate(_ROWS):
             _write(margin[_HEADER + row * height :], name, 6)
-        strip = np.hstack([margin, *self._columns])
-        _, encoded = cv2.imencode(".png", cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(encoded.tobytes())
-        partial.replace(path)
+        write_png(path, np.hstack([margin, *self._columns]))
 
     def _tile(self, image: np.ndarray, masks: Masks) -> np.ndarray:
         small = {object_id: self._shrink(mask.astype(np.uint8)) > 0 for object_id, mask in masks.items()}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +18,9 @@ import torch.distributed as dist
 from ..config import ConfigError, UserError
 
 T = TypeVar("T")
+
+_STILL_BUSY = 1.0
+"""Seconds after which a rank tells the others that it is still at work; less than any sensible timeout."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,18 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def agree(self, work: Callable[[], T], slow: bool = False) -> T:
         """The result of `work`, which every rank calls; a user's mistake on any rank ends all of them with one message.
+
+        Args:
+            slow: it may take some ranks longer than a collective may wait; it must not use collectives of its own.
 
         Raises:
             UserError: on the first rank that has one; SystemExit on the others.
         """
         try:
-            result, error = work(), None
+            with self._patience() if slow and self.world_size > 1 else nullcontext():
+                result, error = work(), None
         except UserError as mistake:
             result, error = None, mistake
         failed = [rank for rank, text in enumerate(self.gather(str(error) if error else None)) if text is not None]
@@ -64,6 +74,32 @@ class Ranks:
         if failed:
             raise SystemExit(2)
         return result
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Around work that every rank has: nobody goes on before all are done, and no collective waits for long,
+        because ranks at work say so all the time."""
+        over, crashed = threading.Event(), False
+
+        def tell() -> None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread
+            while True:
+                busy = not over.wait(_STILL_BUSY)
+                states = self.gather("busy" if busy else "crashed" if crashed else "done")
+                if "busy" not in states or "crashed" in states:
+                    return
+
+        with ThreadPoolExecutor(1) as pool:
+            telling = pool.submit(tell)
+            try:
+                yield
+            except BaseException as error:
+                crashed = not isinstance(error, UserError)  # `agree` tells the others of those
+                raise
+            finally:
+                over.set()
+        telling.result()
 
     def gather(self, value: Any) -> list[Any]:
         """Picklable `value` of every rank, in rank order, on every rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_the_list_on_screen_is_capped(data, tmp_path, capsys):
     code, report = check(data / "sa1b", tmp_path / "out")
     printed = capsys.readouterr().out
     assert code == 1 and len(report["defects"]) == 6 and "nothing to train on" in printed
-    assert printed.count("is not valid JSON") == 5 and "and 1 more images" in printed
+    assert printed.count("is not valid JSON") == 5 and "and 1 more image\n" in printed
     assert (tmp_path / "out" / "report.txt").read_text().count("is not valid JSON") == 6
     assert (tmp_path / "out" / "config.yaml").read_text() == ""
 
@@ -290,3 +291,30 @@ def test_real_data(shared_data, tmp_path):
     assert code == 1 and set(reasons(report)) == {"sa_560", "sa_3032002"}
     code, report = check(shared_data / "coco_mini_val2017", tmp_path / "coco")
     assert code == 0 and (report["sound"], report["masks"]) == (79, 619)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([""], "PATH is empty; give the folder of a dataset"),
+        (["notes"], "cannot recognize the format of .*; set --format, or PATH to a folder"),
+        (["notes", "--annotations", "lost"], "no annotations at lost; correct --annotations, .* lie in PATH"),
+        (["notes", "--format", "sav"], r"no \*_manual\.json or \*_auto\.json in .*; correct PATH \(and --annotations"),
+        (["notes", "--format", "coco"], r"need one instances\*\.json .*; set --annotations to the JSON file"),
+        (["images"], r"a\.jpg has no annotation, .*; put a\.json beside it \(SA-1B\) or set --annotations"),
+    ],
+)
+def test_mistakes_are_told_in_its_own_words(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes/notes.txt", "images/a.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("nothing")
+    assert cli.main(["check-data", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert re.search(said, err) and not re.search("`(root|format|annotations|sav_annotations)`", err)
+
+
+def test_one_error_is_not_several(data, tmp_path, capsys):
+    cut(next((data / "sa1b").rglob("*.jpg")))
+    check(data / "sa1b", tmp_path / "out")
+    assert "all of this, 1 error and 0 warnings" in capsys.readouterr().out

@@ -233,7 +233,7 @@ def test_backend_is_chosen_or_refused(monkeypatch):
     assert choose_backend("opencv", cuda) == "opencv"
     monkeypatch.setattr(dali, "_is_installed", lambda: True)
     assert choose_backend("auto", cuda) == "dali" and choose_backend("dali", CPU) == "dali"
-    decoder = build_decoder(DataConfig(datasets=datasets, backend="dali", dali_prefetch=3, workers=0), CPU)
+    decoder = build_decoder("dali", DataConfig(datasets=datasets, dali_prefetch=3, workers=0), CPU)
     assert decoder == DaliDecoder(CPU, prefetch=3, threads=1)
     with pytest.raises(ConfigError, match=r"data\.backend=dali works on cuda and cpu, not on mps"):
         choose_backend("dali", torch.device("mps"))

@@ -285,11 +285,3 @@ def test_too_many_bad_records_are_an_error(damaged, workers):
         for _ in zip(range(20), build_loader(damaged, 1, workers=workers, bad_records=bad), strict=False):
             pass
     assert len(bad) == 2
-
-
-def test_a_dataset_of_bad_records_is_an_error(video_folder):
-    root = video_folder({name: 1 for name in "abc"})
-    bad = BadRecords({"davis": 3}, 1)
-    with pytest.raises(DataError, match="1 annotated frames"):
-        next(build_loader(clips(root), 1, bad_records=bad))
-    assert len(bad) == 3

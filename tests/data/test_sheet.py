@@ -85,7 +85,7 @@ def test_command(video_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "{folder}", "--out", "{folder}"], "cannot write"),
+        (["--data", "{folder}", "--out", "{config}/sheet.png"], "cannot write"),
         (["--data", "{folder}/nowhere", "--out", "{out}"], "no folder at"),
         (["--data", "{folder}", "--out", "{out}", "--clips", "0"], "--clips must be at least 1, not 0"),
         (["--data", "{folder}", "--out", "{out}", "seed=3"], "give --config in place of --data"),
@@ -99,3 +99,11 @@ def test_a_mistake_is_one_line(video_folder, tmp_path, capsys, arguments, messag
     assert main(["augmentations", *filled]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) <= 6 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "out, data, said", [("x.txt", "lost", "--out must be the name of a .png"), ("x.png", "", "empty")]
+)
+def test_mistakes_are_said_before_any_work(out, data, said, tmp_path, capsys):
+    assert main(["augmentations", "--data", data, "--out", str(tmp_path / out)]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -10,6 +10,10 @@ import pytest
 from conftest import TORCHRUN, command, losses, run
 
 from sam2fast.cli import train
+from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
+from sam2fast.data.formats import open_dataset
+from sam2fast.data.sampling import ClipDataset
+from sam2fast.telemetry.bad_data import read_bad_data
 
 SETTINGS = [
     "stages.0.data=[{dataset: images, max_objects: 2}]",
@@ -67,3 +71,22 @@ def test_too_many_stop_the_run(
     assert "2 of the 8 videos or images of dataset 'images'" in err and "cannot decode" in err
     listed = [json.loads(line)["name"] for line in (output / "bad_data.jsonl").read_text().splitlines()]
     assert sorted(listed) == damaged
+
+
+def test_what_another_rank_met_is_listed_when_the_run_ends(tmp_path: Path, exact_config: Path, synthetic: Path) -> None:
+    """The second rank, which takes the odd samples, meets two unusable images; one is allowed."""
+    shutil.copytree(synthetic / "images", tmp_path / "data" / "images")
+    dataset = open_dataset(DatasetConfig(root=str(tmp_path / "data" / "images")), "images", 0)
+    item = MixItem(dataset="images", max_objects=2)
+    clips = ClipDataset(dataset, item, AugmentConfig(), 64, [0, 0, 0])
+    names = [clips[number].sample_id.split("/")[1].split("@")[0] for number in (1, 3)]
+    for name in names:
+        (path,) = (tmp_path / "data").rglob(f"{name}.jpg")
+        path.write_bytes(path.read_bytes()[:-200])
+    output = tmp_path / "run"
+    settings = [*SETTINGS, "data.max_bad_share=0.125", "log_every=100", "data.datasets.videos.format=sa1b",
+                "data.datasets.videos.root=${data.root}/images"]  # fmt: skip
+    arguments = command([*TORCHRUN, "--nproc_per_node=2"], exact_config, tmp_path / "data", output, *settings)
+    done = run(arguments, cwd=tmp_path)
+    assert done.returncode != 0 and "[rank 1] error: 2 of the 8 videos or images" in done.stderr, done.stderr[-3000:]
+    assert {entry.name for entry in read_bad_data(output)} == set(names)

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import PYTHON, TORCHRUN, command, kill_at, run
 
-from sam2fast.checkpoint import RunState, load_state
 from sam2fast.config_file import load_config
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.sampling import ClipDataset
 
-SCRIPT = str(Path(__file__).with_name("recording_train.py"))
+SCRIPT = str(Path(__file__).resolve().parents[2] / "benchmarks" / "recording_train.py")
 RANKS = [*TORCHRUN, "--nproc_per_node=2"]
 SETTINGS = [
     "stages.0.data=[{dataset: images, max_objects: 2}]",
@@ -70,8 +69,3 @@ def order(path: Path, data: Path, count: int) -> list[str]:
     dataset = open_dataset(config.data.datasets["images"], "images", config.seed)
     clips = ClipDataset(dataset, item, config.stages[0].augment, config.model.image_size, [config.seed, 0, 0])
     return [clips[number].sample_id for number in range(count)]
-
-
-def test_a_state_without_positions_is_read(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text('{"state": {"stage": 1, "step": 3, "global_step": 6}}')
-    assert load_state(tmp_path) == RunState(stage=1, step=3, global_step=6)

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ...config import DatasetConfig
 from ..defects import collecting
 from ..files import list_files
 from ..formats import open_dataset, resolve
+from ..formats.selection import counted
 from ..sample import DataError, Dataset
 from ..workers import is_of_dead_worker, start_fork_server, start_worker
 from .item import Inspector, ItemReport
@@ -28,6 +30,8 @@ from .usage import config_lines, unusable
 _SEED = 0
 _LINE_INTERVAL = 30.0
 _MOST_EXCLUDED = 20
+_ARGUMENTS = {"its `root`": "PATH", "`root`": "PATH", "`format`": "--format", "`annotations`": "--annotations"}
+"""What the command line calls settings of a dataset."""
 CLEAN, DEFECTS, INTERRUPTED = 0, 1, 130
 """Exit codes; a path that is no dataset is a `DataError`, for which commands end with 2."""
 
@@ -38,15 +42,30 @@ def dataset_config(root: str, format: str = "auto", annotations: str | None = No
     Raises:
         DataError: no such folder, or of no known format.
     """
-    config = resolve(DatasetConfig(root=root, format=format, annotations=annotations), Path(root).name)
+    if not root.strip():
+        raise DataError("PATH is empty; give the folder of a dataset, for example: sam2fast check-data data/mine")
+    with _own_words():
+        config = resolve(DatasetConfig(root=root, format=format, annotations=annotations), Path(root).name)
     changes = {"root": str(Path(config.root).resolve())}
     if config.annotations:
         changes["annotations"] = str(Path(config.annotations).resolve())
     if config.format == "sav":
         folder = Path(config.annotations or config.root)
         kinds = [kind for kind in ("manual", "auto") if next(iter(list_files(folder, (f"_{kind}.json",))), None)]
-        changes["sav_annotations"] = "both" if len(kinds) > 1 else "".join(kinds) or "manual"
+        changes["sav_annotations"] = kinds[0] if len(kinds) == 1 else "both"
     return config.model_copy(update=changes)
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Remedies of readers name settings of a configuration; here they are arguments."""
+    try:
+        yield
+    except DataError as error:
+        what, separator, remedy = str(error).partition("; ")
+        for setting, argument in _ARGUMENTS.items():
+            remedy = remedy.replace(setting, argument)
+        raise DataError(what + separator + remedy) from None
 
 
 def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None = None, workers: int = 1) -> int:
@@ -71,7 +90,7 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write the folder {out}: {error.strerror}; choose another --out") from None
-    with collecting() as notes:
+    with collecting() as notes, _own_words():
         dataset = open_dataset(config, name, _SEED)
     summary = Summary(config, total=len(dataset), defects=notes.defects)
     order = np.random.default_rng(_SEED).permutation(len(dataset))[:limit]
@@ -157,7 +176,9 @@ def _tell(summary: Summary, name: str, out: Path, sheet: str, stopped: str, samp
     shown = [*head, "", *(defect_lines(summary) or ["no defects" + " so far" * bool(stopped)]), ""]
     if sheet:
         shown.append(f"{sheet}: look at it, are these your objects?")
-    shown.append(f"{out / 'report.txt'} and report.json: all of this, {len(summary.defects):,} errors and warnings")
+    errors = len(summary.errors)
+    found = f"{counted(errors, 'error')} and {counted(len(summary.defects) - errors, 'warning')}"
+    shown.append(f"{out / 'report.txt'} and report.json: all of this, {found}")
     if not usage:
         shown.append("nothing to train on: no video or image is without errors")
     elif excluded > _MOST_EXCLUDED:

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..drawing import draw_masks, shrink_mask
+from ..drawing import draw_masks, shrink_mask, write_png
 from ..sample import Dataset, VideoRecord
 
 COLUMNS = 6
@@ -38,10 +38,7 @@ def write_sheet(dataset: Dataset, indices: Sequence[int], is_video: bool, path: 
         top, left = number // columns * height + _GAP, number % columns * width + _GAP
         _paste(sheet, picture, top + (tallest - picture.shape[0]) // 2, left + (widest - picture.shape[1]) // 2)
         _paste(sheet, _caption(*texts, widest), top + tallest, left)
-    _, encoded = cv2.imencode(".png", sheet[..., ::-1])
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(encoded.tobytes())
-    partial.replace(path)
+    write_png(path, sheet)
 
 
 def _tiles(record: VideoRecord, is_video: bool) -> Iterator[tuple[np.ndarray, str, str]]:

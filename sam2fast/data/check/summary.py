@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config import DatasetConfig
 from ..defects import Defect
+from ..formats.selection import counted
 from .item import TINY_AREA, TRAINING_SIDE, ItemReport
 
 CLIP_LENGTHS = (8, 16)
@@ -100,8 +101,8 @@ class Summary:
         rows = [
             (self.noun, f"{read:,} read of {self.checked:,} checked, {self.total:,} in all"),
             ("frames", f"{self.frames:,}, {self.annotated:,} of them annotated" if self.is_video else ""),
-            ("masks", f"{self.masks:,}" + (f" in {self.masklets:,} masklets" if self.is_video else "")),
-            ("objects", f"{_spread(self.objects)} a frame; {self.objects[0]:,} annotated frames show none"),
+            ("masks", f"{self.masks:,}" + (f" in {counted(self.masklets, 'masklet')}" if self.is_video else "")),
+            ("objects", f"{_spread(self.objects)} a frame; none in {counted(self.objects[0], 'annotated frame')}"),
             ("sizes", self._sizes()),
             ("frame rates", _top((f"{rate:g} a second", count) for rate, count in self.rates.most_common())),
             ("clips", self._clips() if self.is_video else ""),
@@ -128,8 +129,8 @@ class Summary:
         return f"{_spread(self.lengths)} annotated frames; {', '.join(parts)}"
 
     def _vanishing(self) -> str:
-        text = f"{self.returning:,} masklets are out of sight for some time and return"
-        return text + (f", {self.seen_once:,} are visible in one annotated frame" if self.seen_once else "")
+        text = f"{counted(self.returning, 'masklet')} out of sight for some time and back later"
+        return text + (f", {self.seen_once:,} visible in one annotated frame" if self.seen_once else "")
 
 
 def defect_lines(summary: Summary, whole: bool = False) -> list[str]:
@@ -159,7 +160,7 @@ def _brief(defects: list[Defect], summary: Summary) -> list[str]:
         reason = group[0].reason.replace(f"{summary.config.root.rstrip('/')}/", "").partition("; ")[0]
         lines.append(_line(group[0], reason, _count(group)))
     if len(by_item) > _SHOWN:
-        lines.append(f"  and {len(by_item) - _SHOWN:,} more {summary.noun}")
+        lines.append(f"  and {counted(len(by_item) - _SHOWN, 'more ' + summary.noun.removesuffix('s'))}")
     return lines
 
 

@@ -49,6 +49,8 @@ def resolve(config: DatasetConfig, name: str) -> DatasetConfig:
     Raises:
         DataError: missing or unrecognized folder.
     """
+    if not config.root.strip():
+        raise DataError(f"dataset {name!r}: its `root` is empty; set it to a folder with {_layouts(config.format)}")
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise DataError(_missing_folder(root, config.format, name))
@@ -75,6 +77,13 @@ def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
             found = _format_of_files(Path(place))
             if found:
                 return found
+    if images := next(iter(list_files(root, IMAGE_SUFFIXES)), None):
+        path = images[0] / images[1][0]
+        raise DataError(
+            f"dataset {name!r}: cannot recognize the format of {root}: {path} has no annotation, nor has another image "
+            f"there; put {path.stem}.json beside it (SA-1B) or set `annotations` to the instances JSON (COCO) or the "
+            f"folder of annotations; `root` must be a folder with {_layouts('auto')}"
+        )
     raise DataError(
         f"dataset {name!r}: cannot recognize the format of {root}, which holds {_contents(root)}; set "
         f"`format`, or `root` to a folder with {_layouts('auto')}"

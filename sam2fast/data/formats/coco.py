@@ -138,6 +138,12 @@ def _find_json(config: DatasetConfig, name: str) -> Path:
     if where.is_file():
         return where
     found = sorted({*where.glob("instances*.json"), *where.glob("annotations/instances*.json")})
+    images = next(iter(list_files(Path(config.root), IMAGE_SUFFIXES)), None)
+    if not found and images:
+        raise DataError(
+            f"dataset {name!r}: {images[0] / images[1][0]} has no annotation, because there is no instances*.json in "
+            f"{where} or its annotations/; set `annotations` to the JSON file of the images"
+        )
     if len(found) != 1:
         seen = shorten(found, 6) if found else "none"
         raise DataError(

@@ -7,7 +7,7 @@ Scanning the headers of a large tar takes long, so the index of NAME.tar is kept
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,16 +170,13 @@ class Sa1bDataset:
 def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
     """Open a dataset in SA-1B layout; see `formats.open_dataset`."""
     containers = _contents(Path(config.root))
-    images = _table(containers.values(), json=False)
+    of_root = len(containers)
+    images = _table(containers, False, of_root, name)
     if config.annotations:
         containers |= _contents(Path(config.annotations))
-    annotations = _table(containers.values(), json=True)
-    counts = len(images.names), len(annotations.names)
-    if not all(counts):
-        raise DataError(
-            f"dataset {name!r}: {config.root} holds {counts[0]} images and {counts[1]} JSON files; "
-            "expected NAME.jpg with NAME.json each, or .tar files of them (not compressed)"
-        )
+    annotations = _table(containers, True, of_root, name)
+    if not len(images.names) or not len(annotations.names):
+        raise _without_mates(images, annotations, list(containers), config, name)
     names = annotations.names[select(_Names(annotations.names), config, name, seed)]
     rows = images.find(names)
     lost = [text.decode() for text in names[rows < 0]]
@@ -200,6 +197,28 @@ def open_sa1b(config: DatasetConfig, name: str, seed: int) -> Sa1bDataset:
         note_warning("images without annotations, which are not used", notes)
     names, rows = names[rows >= 0], rows[rows >= 0]
     return Sa1bDataset(name, list(containers), _rows(images, rows), _rows(annotations, annotations.find(names)))
+
+
+def _without_mates(
+    images: _Table, annotations: _Table, containers: Sequence[str], config: DatasetConfig, name: str
+) -> DataError:
+    """Where all images or all annotations are missing."""
+    if len(images.names):
+        return DataError(
+            f"dataset {name!r}: none of its {len(images.names)} images has an annotation: {images.path(0, containers)} "
+            f"needs {images.names[0].decode()}.json; put the JSON files beside the images, or set `annotations` to "
+            "their folder, or to the one instances JSON of all images (COCO)"
+        )
+    if len(annotations.names):
+        return DataError(
+            f"dataset {name!r}: none of its {len(annotations.names)} annotations has an image: "
+            f"{annotations.path(0, containers)} needs {annotations.names[0].decode()}.jpg in {config.root}; correct "
+            "its `root`"
+        )
+    return DataError(
+        f"dataset {name!r}: {config.root} holds no images and no JSON files; expected NAME.jpg with NAME.json each, or "
+        ".tar files of them (not compressed)"
+    )
 
 
 class _Names(Sequence[str]):
@@ -263,19 +282,35 @@ def _index(members: Iterable[tuple[str, int, int]]) -> Arrays:
     }
 
 
-def _table(contents: Iterable[Arrays], json: bool) -> _Table:
-    """The JSON files, or the images, of all containers."""
+def _table(contents: Mapping[str, Arrays], json: bool, of_root: int, dataset: str) -> _Table:
+    """The JSON files, or the images, of all containers; the first `of_root` of these lie in the dataset's root.
+
+    Raises:
+        DataError: two of them have the same name in different folders.
+    """
     names, members, spans = [np.empty(0, "S1")], [np.empty(0, "S1")], [np.empty((0, 3), np.int64)]
-    for number, files in enumerate(contents):
+    for number, files in enumerate(contents.values()):
         chosen = files["json"] == json
         names.append(files["stems"][chosen])
         members.append(files["members"][chosen])
         spans.append(np.insert(files["spans"][chosen], 0, number, axis=1))
     table = _Table(np.concatenate(names), np.concatenate(members), np.concatenate(spans))
     order = np.argsort(table.names, kind="stable")
-    ordered = table.names[order]
-    last = np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]
-    return _rows(table, order[last])
+    table = _rows(table, order)
+    last = np.append(table.names[1:] != table.names[:-1], True)[: len(order)]
+    twins = {}
+    for row in np.flatnonzero(~last):
+        paths = [table.path(each, list(contents)) for each in (row, row + 1)]
+        one_side = len({container < of_root for container in table.spans[row : row + 2, 0]}) == 1
+        if one_side and paths[0].rpartition("/")[0] != paths[1].rpartition("/")[0]:
+            twins[table.names[row].decode()] = f"{paths[0]} and {paths[1]} have the same name"
+    if twins:
+        error = DataError(
+            f"dataset {dataset!r}: names must differ between folders, {len(twins)} do not: "
+            f"{next(iter(twins.values()))}; rename the files, or make each folder a dataset of its own"
+        )
+        report(error, "files of the same name in several folders", twins)
+    return _rows(table, np.flatnonzero(last))
 
 
 def _rows(table: _Table, rows: np.ndarray) -> _Table:

@@ -29,7 +29,8 @@ _VIDEO_FPS = 24
 
 
 class SavVideo:
-    """One video; see `sample.VideoRecord`. The JSON is parsed and the video opened at first use."""
+    """One video; see `sample.VideoRecord`. The JSON is parsed at first use, the video opened when its frames, masks or
+    size are asked for: that reads the whole file."""
 
     def __init__(self, name: str, video: Path, jsons: list[Path], warn: WarnOnce):
         self.name = name
@@ -53,6 +54,8 @@ class SavVideo:
         return self._annotated
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        if max(indices, default=0) >= self.num_frames:
+            self._check_length()
         return self._reader.frames(indices)
 
     @property
@@ -61,6 +64,7 @@ class SavVideo:
         return self._reader.path if self._reader.plain else None
 
     def masks(self, frame: int) -> FrameMasks:
+        self._check_length()
         return run_length_masks(self._run_lengths(frame), self.size, self._warn)
 
     def areas(self, frame: int) -> tuple[list[int], int]:
@@ -88,13 +92,14 @@ class SavVideo:
         annotated = sorted(set.intersection(*(track.annotated() for track in self._tracks)))
         if not annotated:
             raise DataError(f"{shorten(self._jsons)} annotates no frame; name video {self.name!r} in `exclude`")
-        if annotated[-1] >= self.num_frames:
+        return annotated
+
+    def _check_length(self) -> None:
+        if self._annotated[-1] >= self.num_frames:
             raise DataError(
                 f"{self._reader.path} has {self.num_frames} frames, its annotation goes up to frame "
-                f"{annotated[-1]} ({self._jsons[0]}); restore the video, or name {self.name!r} in "
-                "`exclude`"
+                f"{self._annotated[-1]} ({shorten(self._jsons)}); restore the video, or name {self.name!r} in `exclude`"
             )
-        return annotated
 
 
 class _Masklets:
@@ -169,9 +174,10 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
                 jsons.setdefault(file.removesuffix(ending), []).append(path)
     if not jsons:
         wanted = " or ".join(f"*_{kind}.json" for kind in kinds)
+        other = "" if len(kinds) > 1 else " or `sav_annotations`"
         raise DataError(
             f"dataset {name!r}: no {wanted} in {annotations}; correct its `root` (and `annotations`, where "
-            "they lie elsewhere) or `sav_annotations`"
+            f"they lie elsewhere){other}"
         )
     videos = {file[:-4]: path for file, path in found.items() if file[-4:].lower() == ".mp4"}
     names = sorted(jsons)

@@ -50,6 +50,11 @@ def shorten(names: Sequence[str], count: int = 3) -> str:
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 video`, `2,000 videos`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _matching(pattern: str, names: Sequence[str]) -> np.ndarray:
     match = re.compile(fnmatch.translate(pattern)).match
     return np.fromiter((match(name) is not None for name in names), bool, count=len(names))
