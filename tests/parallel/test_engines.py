@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -27,21 +29,27 @@ def launch(tmp: Path, precision: str, ranks: int) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict]:
+    """What `launch` gives, once for each precision and number of ranks."""
+    return cache(partial(launch, tmp_path_factory.mktemp("engines")))
+
+
 @pytest.fixture(
     scope="module",
     params=[("float32", 1), ("float32", 2), ("float16", 1), ("bfloat16", 2)],
     ids=lambda p: f"{p[0]}-{p[1]}ranks",
 )
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def results(request: pytest.FixtureRequest, launched: Callable[[str, int], dict]) -> dict:
     precision, ranks = request.param
-    found = launch(tmp_path_factory.mktemp("engines"), precision, ranks)
+    found = launched(precision, ranks)
     # low precision on two ranks splits the batch differently, so rounding differs between the ranks' matmuls
     return {"precision": precision, "tolerance": 1e-5 if precision == "float32" else 2e-3, "engines": found}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("reference"), "float32", 1)["torch"]
+def reference(launched: Callable[[str, int], dict]) -> dict:
+    return launched("float32", 1)["torch"]
 
 
 @pytest.mark.parametrize("name", NAMES)
