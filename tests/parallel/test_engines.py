@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Launch, environment
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 NAMES = ["torch", "deepspeed0", "deepspeed1", "deepspeed2", "deepspeed3"]
@@ -19,12 +19,7 @@ NAMES = ["torch", "deepspeed0", "deepspeed1", "deepspeed2", "deepspeed3"]
 
 def launch(tmp: Path, precision: str, ranks: int) -> dict:
     out = tmp / f"{precision}{ranks}.json"
-    launcher = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    )
-    done = subprocess.run([*launcher, str(WORKER), precision, str(out)], capture_output=True, text=True, timeout=300)
+    done = Launch([str(WORKER), precision, str(out)], ranks, tmp, environment()).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
