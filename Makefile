@@ -1,7 +1,7 @@
 # Set-up, tests and quickstart. Every target does its own set-up, says what it does and can be repeated.
 #
 #   make env         create .venv with pinned versions and install sam2fast into it, editable
-#   make test        all tests (ARGS="-m 'not slow'" or ARGS=tests/kernels for a part)
+#   make test        all tests, in two processes (ARGS="-m 'not slow'" or ARGS=tests/kernels for a part)
 #   make quickstart  synthetic data, three training stages, validation and export on a CPU
 #   make bench       the mask loss beside official PyTorch code (ARGS="click_sampling --threads 2": see benchmarks/)
 #   make clean       remove .venv and what builds leave behind
@@ -27,7 +27,7 @@ PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
 env: $(VENV)/.package-$(PLACE)
 
 test: env
-	$(VENV)/bin/pytest -q --durations=10 $(ARGS)
+	$(VENV)/bin/pytest -q --durations=10 --numprocesses=2 --dist=loadfile --benchmark-disable $(ARGS)
 
 quickstart: env
 	$(VENV)/bin/sam2fast quickstart

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Operations of small models are too short to share between threads: with two on two busy cores they take ten times as
+# long. `make test` runs two processes instead. Those that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -14,9 +18,6 @@ if not torch.cuda.is_available():
 import sam2fast.compat  # noqa: F401  (before any test imports torchvision, timm or transformers)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -97,3 +97,30 @@ def test_pixels_are_moved_in_vectors(variant, direction, compiled):
     kernel = compiled[variant, direction]
     assert kernel["vectors"] == 4
     assert sum(kernel["loop"].values()) <= 28 * kernel["pixels"]
+
+
+CLICKS = """
+import itertools, torch
+from sam2fast_kernels.aot import SHARED_MEMORY, compile_launch
+from sam2fast_kernels.click_sampling import triton as kernels
+
+for capability, (factor, packed) in itertools.product((80, 90), ((3, True), (4, False))):
+    logits = torch.empty(64, 256, 256, dtype=torch.bfloat16, device="meta")
+    targets = torch.empty(64, 256 * factor, 32 * factor * (1 if packed else 8), dtype=torch.uint8, device="meta")
+    uniform = torch.empty(64, dtype=torch.float64, device="meta")
+    launches = kernels.uniform_launches(logits, targets, packed, uniform)
+    for launch in (*launches, *kernels.center_launches(logits, targets, packed)):
+        compiled = compile_launch(launch, capability)
+        name = launch.kernel.__name__
+        assert compiled.spills == compiled.stack == 0, (name, capability, factor, packed)
+        assert compiled.shared <= SHARED_MEMORY[capability], (name, capability, compiled.shared)
+        assert compiled.resident_threads(capability) >= 512, (name, capability, compiled.registers)
+        print(name)
+"""
+
+
+def test_clicks_compile_without_spills():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", CLICKS], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 16

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -83,16 +81,16 @@ def test_cpp_takes_the_pixel_of_the_reference(backend, shape, dtype, factor, poi
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("backend", [TRITON])
 def test_triton_takes_the_pixel_of_the_reference(backend, factor, poison_empty):
-    logits, targets, uniform = random_case(2, 3, factor, dtype=torch.float16 if factor == 2 else torch.float32)
-    assert_as_reference(backend, logits, targets, uniform)
+    logits, targets, uniform = random_case(2, 3, factor, n=6, dtype=torch.float16 if factor == 2 else torch.float32)
+    assert_as_reference(backend, logits[:5], targets[:5], uniform[:5])
     assert_as_reference(backend, logits[4:], pack_masks(targets[4:]), uniform[4:], packed=True)
 
 
 @pytest.mark.parametrize("backend", [TRITON])
 def test_triton_on_more_rows_and_columns_than_one_block(backend, poison_empty):
-    logits, targets, uniform = random_case(3, 300, 1, n=5)
+    logits, targets, uniform = (value[4:] for value in random_case(3, 300, 1, n=6))
     assert_as_reference(backend, logits, targets, uniform)
-    assert_as_reference(backend, logits[4:].mT, targets[4:].mT, uniform[4:])
+    assert_as_reference(backend, logits[1:].mT, targets[1:].mT, uniform[1:])
     # The deepest pixel of each kind lies behind the first block of columns.
     missed, false = torch.zeros(2, 1, 3, 300, dtype=torch.bool)
     missed[..., 200:203] = false[..., 290:293] = True
@@ -267,7 +265,7 @@ def test_float64_autocast_and_gradients(backend):
 @pytest.mark.parametrize("operator", [click_uniform, click_center], ids=lambda operator: operator.name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operator_passes_opcheck_and_compiles(backend, operator):
-    logits, targets, uniform = random_case(2, 3, 2, n=5)
+    logits, targets, uniform = (value[4:] for value in random_case(2, 3, 2, n=6))
     inputs = (logits, targets, False) if operator is click_center else (logits, targets, False, uniform)
     if backend == "triton" and torch.cuda.is_available():
         inputs = tuple(value.cuda() if isinstance(value, torch.Tensor) else value for value in inputs)
@@ -376,32 +374,3 @@ def test_cpp_refuses_what_does_not_fit(backend):
     ):
         with pytest.raises(RuntimeError, match="click_(sampling|uniform): "):
             click_uniform.overloads[backend](*bad)
-
-
-AHEAD_OF_TIME = """
-import itertools, torch
-from sam2fast_kernels.aot import SHARED_MEMORY, compile_launch
-from sam2fast_kernels.click_sampling import triton as kernels
-
-for capability, (factor, packed) in itertools.product((80, 90), ((3, True), (4, False))):
-    logits = torch.empty(64, 256, 256, dtype=torch.bfloat16, device="meta")
-    targets = torch.empty(64, 256 * factor, 32 * factor * (1 if packed else 8), dtype=torch.uint8, device="meta")
-    uniform = torch.empty(64, dtype=torch.float64, device="meta")
-    launches = kernels.uniform_launches(logits, targets, packed, uniform)
-    for launch in (*launches, *kernels.center_launches(logits, targets, packed)):
-        compiled = compile_launch(launch, capability)
-        name = launch.kernel.__name__
-        assert compiled.spills == compiled.stack == 0, (name, capability, factor, packed)
-        assert compiled.shared <= SHARED_MEMORY[capability], (name, capability, compiled.shared)
-        assert compiled.resident_threads(capability) >= 512, (name, capability, compiled.registers)
-        print(name)
-"""
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-def test_triton_kernels_compile_for_gpus_without_spills():
-    """In another process: this one may interpret Triton."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 16

@@ -73,3 +73,27 @@ def test_compiled_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
 def test_poison_reaches_what_an_operator_allocates(poison_empty):
     assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(3)).isnan().all()
     assert torch.zeros(1).new_empty(3).isnan().all() and torch.empty(3, dtype=torch.bool).all()
+
+
+FORKED = """
+import torch
+from sam2fast_kernels.rle import decode
+
+class Masks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, n):
+        return decode([[4]] * 8, (2, 2)).sum()
+
+torch.set_num_threads(2)
+assert Masks()[0] == 0
+loader = torch.utils.data.DataLoader(Masks(), num_workers=1, multiprocessing_context="fork")
+print(len(list(loader)))
+"""
+
+
+@pytest.mark.skipif(not library.load_native(), reason="the compiled operators are not built")
+def test_forked_data_loader_worker_does_not_hang():
+    """A parent that has started OpenMP threads forks a worker, which decodes too."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["2"], done.stderr

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -377,27 +375,3 @@ def test_operators_pass_opcheck_and_compile(operator, backend):
 
     compiled = torch.compile(first_sum, fullgraph=True, backend="aot_eager")
     assert compiled(*arguments) == first_sum(*arguments)
-
-
-FORKED = """
-import torch
-from sam2fast_kernels.rle import decode
-
-class Masks(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-    def __getitem__(self, n):
-        return decode([[4]] * 8, (2, 2)).sum()
-
-torch.set_num_threads(2)
-assert Masks()[0] == 0
-loader = torch.utils.data.DataLoader(Masks(), num_workers=1, multiprocessing_context="fork")
-print(len(list(loader)))
-"""
-
-
-@needs_cpp
-def test_forked_data_loader_worker_does_not_hang():
-    """A parent that has started OpenMP threads forks a worker, which decodes too."""
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["2"], done.stderr

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Launch, environment
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 NAMES = ["torch", "deepspeed0", "deepspeed1", "deepspeed2", "deepspeed3"]
@@ -17,14 +19,15 @@ NAMES = ["torch", "deepspeed0", "deepspeed1", "deepspeed2", "deepspeed3"]
 
 def launch(tmp: Path, precision: str, ranks: int) -> dict:
     out = tmp / f"{precision}{ranks}.json"
-    launcher = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    )
-    done = subprocess.run([*launcher, str(WORKER), precision, str(out)], capture_output=True, text=True, timeout=300)
+    done = Launch([str(WORKER), precision, str(out)], ranks, tmp, environment()).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict]:
+    """What `launch` gives, once for each precision and number of ranks."""
+    return cache(partial(launch, tmp_path_factory.mktemp("engines")))
 
 
 @pytest.fixture(
@@ -32,16 +35,16 @@ def launch(tmp: Path, precision: str, ranks: int) -> dict:
     params=[("float32", 1), ("float32", 2), ("float16", 1), ("bfloat16", 2)],
     ids=lambda p: f"{p[0]}-{p[1]}ranks",
 )
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def results(request: pytest.FixtureRequest, launched: Callable[[str, int], dict]) -> dict:
     precision, ranks = request.param
-    found = launch(tmp_path_factory.mktemp("engines"), precision, ranks)
+    found = launched(precision, ranks)
     # low precision on two ranks splits the batch differently, so rounding differs between the ranks' matmuls
     return {"precision": precision, "tolerance": 1e-5 if precision == "float32" else 2e-3, "engines": found}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("reference"), "float32", 1)["torch"]
+def reference(launched: Callable[[str, int], dict]) -> dict:
+    return launched("float32", 1)["torch"]
 
 
 @pytest.mark.parametrize("name", NAMES)

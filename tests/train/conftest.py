@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from forked import Launch, environment, kill
 
 from sam2fast.data.synthetic import write_dataset
 from sam2fast.parallel.mesh import free_port
@@ -21,6 +19,9 @@ TRAIN = str(REPOSITORY / "sam2fast" / "train.py")
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
+FORKED = ["forked", "1"]
+"""One rank in a process that starts at once; the second entry is the number of ranks. See `forked`."""
+TWO_FORKED = ["forked", "2"]
 
 CONFIG = """
 name: tiny
@@ -115,19 +116,10 @@ def command(launcher: list[str], config: Path, synthetic: Path, output: Path, *o
     return [*launcher, TRAIN, "--config", str(config), f"data.root={synthetic}", f"output_dir={output}", *overrides]
 
 
-def environment() -> dict[str, str]:
-    """A user's shell: no packages on the path but the installed ones, two threads in all."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTHON", "RANK", "LOCAL_", "WORLD_", "MASTER_"))
-    }
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
-    return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": tools}
-
-
 def run(arguments: list[str], cwd: Path, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
     env = {**environment(), **variables}
+    if arguments[0] == FORKED[0]:
+        return Launch(arguments[2:], int(arguments[1]), cwd, env).wait(timeout)
     return subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -149,16 +141,15 @@ def losses(output: Path) -> dict[int, float]:
 def kill_at(arguments: list[str], output: Path, step: int, **variables: str) -> None:
     """Start training and kill every process of it when `step` is in the log."""
     env = {**environment(), **variables}
-    process = subprocess.Popen(
-        arguments, cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    if arguments[0] == FORKED[0]:
+        process = Launch(arguments[2:], int(arguments[1]), output.parent, env)
+    else:
+        process = subprocess.Popen(
+            arguments, cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     deadline = time.monotonic() + 200
     while not ((output / "log.jsonl").is_file() and max(losses(output), default=0) >= step):
         assert process.poll() is None and time.monotonic() < deadline, "training ended before it could be killed"
         time.sleep(0.02)
-    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        try:
-            each.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
+    kill(process.pids if isinstance(process, Launch) else [process.pid])
     process.wait()

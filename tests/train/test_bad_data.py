@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TORCHRUN, command, losses, run
+from conftest import TWO_FORKED, command, losses, run
 
 from sam2fast.cli import train
 from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
@@ -46,7 +46,7 @@ def test_all_ranks_and_workers_count(tmp_path: Path, exact_config: Path, damaged
     output = tmp_path / "run"
     settings = [*SETTINGS, "data.workers=1", "data.max_bad_share=0.25", "data.datasets.videos.root=${data.root}/images",
                 "data.datasets.videos.format=sa1b"]  # fmt: skip
-    arguments = command([*TORCHRUN, "--nproc_per_node=2"], exact_config, tmp_path / "data", output, *settings)
+    arguments = command(TWO_FORKED, exact_config, tmp_path / "data", output, *settings)
     done = run(arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(losses(output)) == list(range(1, 9))

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import PYTHON, command, losses, run, train
+from conftest import FORKED, command, losses, run, train
 
 
 def test_a_run_that_diverges_stops_with_the_step_the_terms_and_the_samples(
     tmp_path: Path, exact_config: Path, synthetic: Path
 ) -> None:
     arguments = ["stages.0.optim.lr=1e30", "stages.0.optim.clip=null", "stages.0.steps=40", "max_bad_steps=3"]
-    done = run(command(PYTHON, exact_config, synthetic, tmp_path / "run", *arguments), cwd=tmp_path)
+    done = run(command(FORKED, exact_config, synthetic, tmp_path / "run", *arguments), cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     for text in ("3 steps in a row", "not finite", "stages.0.optim.lr", "videos/"):
         assert text in done.stderr, done.stderr
@@ -34,7 +34,7 @@ def test_a_stage_ends_when_the_score_stands_still(
     path.write_text(text + sets)
     output = tmp_path / "run"
     done = train(
-        PYTHON,
+        FORKED,
         path,
         synthetic,
         output,

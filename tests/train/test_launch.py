@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, TORCHRUN, losses, run, train
+from conftest import DEEPSPEED, FORKED, PYTHON, TORCHRUN, TWO_FORKED, losses, run, train
 
 from sam2fast.config_file import load_config
 from sam2fast.models.official import to_official
@@ -73,23 +73,39 @@ def test_stages_train_what_they_say(runs: dict[str, Path]) -> None:
     assert not moved(states[0], states[1], "sam_prompt_encoder.") and moved(states[1], states[2], "sam_prompt_encoder.")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, exact_config: Path, synthetic: Path) -> dict[int, float]:
+    """Losses of one rank with batches of a number of clips, the default precision and one micro-step."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def run_with(clips: int) -> dict[int, float]:
+        train(FORKED, exact_config, synthetic, folder / str(clips), f"stages.0.data.0.batch_size={clips}")
+        return losses(folder / str(clips))
+
+    return {clips: run_with(clips) for clips in (2, 4)}
+
+
 @pytest.mark.parametrize(
     "launcher, overrides",
     [
-        ([*TORCHRUN, "--nproc_per_node=2"], ["stages.0.data.0.batch_size=2"]),
-        (PYTHON, ["stages.0.data.0.batch_size=2", "stages.0.accumulate=2"]),
-        ([*DEEPSPEED, "--num_accelerators", "2"], ["stages.0.accumulate=2", "engine.zero_stage=2"]),
+        (TWO_FORKED, ["stages.0.data.0.batch_size=2"]),
+        (FORKED, ["stages.0.data.0.batch_size=2", "stages.0.accumulate=2"]),
+        (TWO_FORKED, ["stages.0.accumulate=2", "engine.zero_stage=2"]),
         ([*DEEPSPEED, "--num_accelerators", "2"], ["stages.0.data.0.batch_size=2", "engine.zero_stage=3"]),
     ],
     ids=["two ranks", "two micro-steps", "both, ZeRO-2", "two ranks, ZeRO-3"],
 )
 def test_splitting_a_batch_changes_nothing(
-    tmp_path: Path, exact_config: Path, synthetic: Path, launcher: list[str], overrides: list[str]
+    tmp_path: Path,
+    exact_config: Path,
+    synthetic: Path,
+    whole: dict[int, dict[int, float]],
+    launcher: list[str],
+    overrides: list[str],
 ) -> None:
     """Four clips a step in one batch, over ranks and over micro-steps; clips have different numbers of objects."""
-    train(PYTHON, exact_config, synthetic, tmp_path / "whole", "stages.0.data.0.batch_size=4")
     train(launcher, exact_config, synthetic, tmp_path / "split", *overrides)
-    want, got = losses(tmp_path / "whole"), losses(tmp_path / "split")
+    want, got = whole[4], losses(tmp_path / "split")
     assert len(want) == 4
     for step, value in want.items():
         assert abs(got[step] - value) <= 1e-5 * abs(value), (step, value, got[step])
@@ -100,7 +116,7 @@ def test_evaluate_gives_the_scores_of_the_last_validation(runs: dict[str, Path],
     want = [line for line in lines if "val/davis_jf" in line][-1]
     arguments = ["evaluate", "--config", str(runs["python"] / "config.yaml"), f"output_dir={tmp_path}"]
     checkpoint = ["--checkpoint", str(runs["python"] / "export" / "model.pt")]
-    done = run([*PYTHON, "-m", "sam2fast.cli", *arguments, *checkpoint], cwd=tmp_path)
+    done = run([*FORKED, "-m", "sam2fast.cli", *arguments, *checkpoint], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     got = dict(line.split() for line in done.stdout.splitlines() if line.startswith("val/"))
     assert abs(float(got["val/davis_jf"]) - want["val/davis_jf"]) < 1e-2
@@ -108,14 +124,22 @@ def test_evaluate_gives_the_scores_of_the_last_validation(runs: dict[str, Path],
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("launcher", [PYTHON, [*DEEPSPEED, "--num_accelerators", "2"]], ids=["python", "deepspeed-2"])
+@pytest.mark.parametrize("launcher", [FORKED, TWO_FORKED], ids=["torch", "deepspeed-2"])
 def test_low_precision_follows_float32(
-    precision: str, launcher: list[str], tmp_path: Path, exact_config: Path, synthetic: Path
+    precision: str,
+    launcher: list[str],
+    tmp_path: Path,
+    exact_config: Path,
+    synthetic: Path,
+    whole: dict[int, dict[int, float]],
 ) -> None:
-    done = train(launcher, exact_config, synthetic, tmp_path / precision, f"precision={precision}", "stages.0.steps=3")
-    train(PYTHON, exact_config, synthetic, tmp_path / "full", "stages.0.steps=1", "stages.0.data.0.batch_size=2")
+    """One rank with the torch engine, and two with DeepSpeed's."""
+    overrides = [f"precision={precision}", "stages.0.steps=3"]
+    if launcher is TWO_FORKED:
+        overrides.append("engine.kind=deepspeed")
+    done = train(launcher, exact_config, synthetic, tmp_path / precision, *overrides)
     got = losses(tmp_path / precision)
     assert list(got) == [1, 2, 3] and all(math.isfinite(value) for value in got.values())
     assert "not finite" not in done.stdout  # an overflow of the loss scale is no bad step
-    if launcher is not PYTHON:
-        assert abs(got[1] - losses(tmp_path / "full")[1]) <= 0.05 * got[1]
+    if launcher is TWO_FORKED:
+        assert abs(got[1] - whole[2][1]) <= 0.05 * got[1]

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import PYTHON, TORCHRUN, command, kill_at, run
+from conftest import FORKED, TWO_FORKED, command, kill_at, run
 
 from sam2fast.config_file import load_config
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.sampling import ClipDataset
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "benchmarks" / "recording_train.py")
-RANKS = [*TORCHRUN, "--nproc_per_node=2"]
 SETTINGS = [
     "stages.0.data=[{dataset: images, max_objects: 2}]",
     "stages.0.steps=9",
@@ -28,9 +27,9 @@ def test_no_sample_is_lost_or_repeated(tmp_path: Path, exact_config: Path, synth
     """kill -9 of one rank, then of two, then one with another batch size: only steps that were not saved come again."""
     output = tmp_path / "run"
     parts = [
-        (PYTHON, "workers=2", "batch_size=1", 3),
-        (RANKS, "workers=2", "batch_size=1", 6),
-        (PYTHON, "workers=0", "batch_size=3", None),
+        (FORKED, "workers=0", "batch_size=1", 3),
+        (TWO_FORKED, "workers=2", "batch_size=1", 6),
+        (FORKED, "workers=0", "batch_size=3", None),
     ]
     for number, (launcher, workers, batch_size, killed) in enumerate(parts):
         arguments = command(launcher, exact_config, synthetic, output, *SETTINGS, f"data.{workers}")
