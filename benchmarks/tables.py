@@ -3,7 +3,7 @@
     python benchmarks/tables.py
 
 replaces what stands between `<!-- table NAME -->` and `<!-- end -->`. Computed figures come from step_counts.csv and
-step_parts.csv and graph_counts.csv, measured ones from step_time.csv.
+step_parts.csv and graph_counts.csv, measured ones from step_time.csv and profile_step_h100.csv.
 """
 
 from __future__ import annotations
@@ -103,12 +103,36 @@ def times(shape: str) -> list[str]:
     return lines
 
 
+def profile(shape: str) -> list[str]:
+    """Steps of a shape on a GPU, in the order they were measured."""
+    rows = [row for row in _read("profile_step_h100.csv") if row["shape"] == shape]
+    off = next(row for row in rows if row["provider"] == "all_off")
+    lines = [
+        "| provider | changes | ms | ms until queued | kernels | ms of kernels | GB | times faster |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        size = f"{int(row['peak_bytes']) / 1e9:.1f}" if row["peak_bytes"] else ""
+        launches = f"{int(row['launches']):,}" if row["launches"] else ""
+        figures = (
+            row["ms"],
+            row["host_ms"],
+            launches,
+            row["kernel_ms"],
+            size,
+            f"{float(off['ms']) / float(row['ms']):.2f}",
+        )
+        lines.append(f"| `{row['provider']}` | {row['changes']} | " + " | ".join(figures) + " |")
+    return lines
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "parts": parts,
     "memory": memory,
     "graphs": graphs,
     "ablation": ablation,
     "times": times,
+    "profile": profile,
 }
 
 

@@ -86,7 +86,7 @@ def test_what_another_rank_met_is_listed_when_the_run_ends(tmp_path: Path, exact
     output = tmp_path / "run"
     settings = [*SETTINGS, "data.max_bad_share=0.125", "log_every=100", "data.datasets.videos.format=sa1b",
                 "data.datasets.videos.root=${data.root}/images"]  # fmt: skip
-    arguments = command([*TORCHRUN, "--nproc_per_node=2"], exact_config, tmp_path / "data", output, *settings)
+    arguments = command(TWO_FORKED, exact_config, tmp_path / "data", output, *settings)
     done = run(arguments, cwd=tmp_path)
-    assert done.returncode != 0 and "[rank 1] error: 2 of the 8 videos or images" in done.stderr, done.stderr[-3000:]
+    assert done.returncode != 0 and "error: 2 of the 8 videos or images" in done.stderr, done.stderr[-3000:]
     assert {entry.name for entry in read_bad_data(output)} == set(names)
