@@ -126,6 +126,53 @@ void sample(
   }
 }
 
+void locate_columns(const Line& line, int64_t width, int64_t count, int32_t* place, int32_t* right) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Int x = locate(line.x, line.dx, indices(i), width);
+    const int lanes = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
+    store(x >> 8, place + i, lanes);
+    store(x & 255, right + i, lanes);
+  }
+}
+
+void stretch(
+    const uint32_t* row, const int32_t* place, const int32_t* right, int64_t count, uint32_t* red_blue,
+    uint32_t* green) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t pixel = row[place[i]], next = row[place[i] + 1];
+    const auto weight = static_cast<uint32_t>(right[i]);
+    red_blue[i] = (pixel & 0xff00ffu) * (256 - weight) + (next & 0xff00ffu) * weight;
+    green[i] = (pixel >> 8 & 0xffu) * (256 - weight) + (next >> 8 & 0xffu) * weight;
+  }
+}
+
+void blend(
+    const uint32_t* const (&red_blue)[2], const uint32_t* const (&green)[2], float below, const float* color,
+    int64_t count, uint8_t* red, uint8_t* green_plane, uint8_t* blue) {
+  alignas(64) int32_t channels[3][kBlock];
+  float scaled[12];  // see `sample`
+  for (int i = 0; i < 12; ++i) scaled[i] = i % 4 == 3 ? color[i] + 0.5f : color[i] * (1.0f / 256.0f);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = count - first < kBlock ? count - first : kBlock;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      Float sums[2][3];
+      for (int k = 0; k < 2; ++k) {
+        const auto pair = load<Words>(red_blue[k] + first + i);
+        sums[k][0] = to_float(reinterpret_cast<Int>(pair & 0xffffu));
+        sums[k][1] = to_float(load<Int>(green[k] + first + i));
+        sums[k][2] = to_float(reinterpret_cast<Int>(pair >> 16));
+      }
+      Float mixed[3];
+      for (int c = 0; c < 3; ++c) mixed[c] = sums[0][c] + (sums[1][c] - sums[0][c]) * below;
+      for (int c = 0; c < 3; ++c) map_channel(scaled + 4 * c, mixed[0], mixed[1], mixed[2], channels[c] + i);
+    }
+    uint8_t* const out[3] = {red + first, green_plane + first, blue + first};
+    for (int c = 0; c < 3; ++c) {
+      for (int64_t i = 0; i < size; ++i) out[c][i] = static_cast<uint8_t>(channels[c][i]);
+    }
+  }
+}
+
 void join(const uint8_t* row, const uint8_t* below, int64_t width, uint8_t* cells) {
   for (int64_t i = 0; i < width; ++i) {
     const bool equal = (row[i] == row[i + 1]) & (row[i] == below[i]) & (row[i] == below[i + 1]);
@@ -166,6 +213,6 @@ void extract(const uint8_t* codes, int bit, int64_t count, uint8_t* out) {
 }  // namespace
 
 extern const PixelLoops kPixelLoops;
-const PixelLoops kPixelLoops = {pack, sample, join, vote, extract};
+const PixelLoops kPixelLoops = {pack, sample, locate_columns, stretch, blend, join, vote, extract};
 
 }  // namespace sam2fast::SAM2FAST_ISA

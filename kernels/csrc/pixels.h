@@ -27,6 +27,16 @@ struct PixelLoops {
   void (*sample)(
       const Source<uint32_t>& source, const Line& line, const float* color, int64_t count, uint8_t* red,
       uint8_t* green, uint8_t* blue);
+  // Of output pixels along a row: the source pixel left of each, and the weight of the one right of it in 1/256.
+  void (*locate_columns)(const Line& line, int64_t width, int64_t count, int32_t* place, int32_t* right);
+  // A row of the source at these places, in 1/256: red in the lower and blue in the upper half of a word, and green.
+  void (*stretch)(
+      const uint32_t* row, const int32_t* place, const int32_t* right, int64_t count, uint32_t* red_blue,
+      uint32_t* green);
+  // Two stretched rows, the lower one with the weight `below`, mapped as by `sample`.
+  void (*blend)(
+      const uint32_t* const (&red_blue)[2], const uint32_t* const (&green)[2], float below, const float* color,
+      int64_t count, uint8_t* red, uint8_t* green_plane, uint8_t* blue);
   // Cells from a row of codes and the one below it, `width` + 1 of each: the code where all four are equal, else kMixed.
   void (*join)(const uint8_t* row, const uint8_t* below, int64_t width, uint8_t* cells);
   // Codes at the pixels of a line: each bit is set where bilinear weights of the four neighbors that have it reach 1/2.

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "bands.h"
@@ -43,8 +44,17 @@ struct Affine {
     int64_t begin, end;
   };
   Span inside(int64_t y, int64_t side, const double (&low)[2], const double (&high)[2]) const {
+    return inside(y, side, low, high, 2);
+  }
+  // The same of any row, as far as columns decide it.
+  Span columns(int64_t side, double low, double high) const {
+    return inside(0, side, {low, 0}, {high, 0}, 1);
+  }
+
+ private:
+  Span inside(int64_t y, int64_t side, const double (&low)[2], const double (&high)[2], int axes) const {
     double begin = 0, end = static_cast<double>(side);
-    for (int axis = 0; axis < 2; ++axis) {
+    for (int axis = 0; axis < axes; ++axis) {
       const double slope = m[3 * axis], start = m[3 * axis + 1] * static_cast<double>(y) + m[3 * axis + 2];
       if (slope == 0) {
         if (!(low[axis] <= start && start < high[axis])) return {0, 0};
@@ -59,6 +69,7 @@ struct Affine {
     return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
   }
 
+ public:
   // The row from pixel `begin` on, with coordinates relative to (left, top).
   Line line(int64_t y, int64_t begin, int64_t left, int64_t top) const {
     const double x = static_cast<double>(begin), row = static_cast<double>(y);
@@ -100,6 +111,58 @@ class Image {
   std::vector<uint32_t> words_;
 };
 
+// Rows of a map without rotation and shear. Columns are located once for all rows, and each row of the source is
+// stretched once for all output rows between it and the next.
+class Stretched {
+ public:
+  Stretched(const Source<uint32_t>& source, const Affine& affine, int64_t begin, int64_t end)
+      : source_(source), affine_(affine), begin_(begin), count_(end - begin) {
+    const auto padded = static_cast<size_t>(count_ + kMargin);
+    place_.resize(padded);
+    right_.resize(padded);
+    pixel_loops().locate_columns(affine.line(0, begin, 0, 0), source.width, count_, place_.data(), right_.data());
+  }
+
+  // What one thread keeps: the last two rows of the source.
+  struct Kept {
+    int64_t row[2] = {-1, -1};
+    std::vector<uint32_t> red_blue[2], green[2];
+  };
+
+  void write(int64_t y, const float* factors, Kept& kept, uint8_t* red, uint8_t* green, uint8_t* blue) const {
+    const float at = std::max(affine_.line(y, begin_, 0, 0).y * 256.0f + 0.5f, 0.0f);
+    const auto last = static_cast<int64_t>(source_.height - 1) * 256;
+    const int64_t place = at < static_cast<float>(last) ? static_cast<int64_t>(at) : last;
+    const int64_t row = place >> 8;
+    const uint32_t* red_blue[2];
+    const uint32_t* greens[2];
+    for (int k = 0; k < 2; ++k) {
+      const int slot = static_cast<int>((row + k) & 1);
+      stretch(row + k, slot, kept);
+      red_blue[k] = kept.red_blue[slot].data();
+      greens[k] = kept.green[slot].data();
+    }
+    const float below = static_cast<float>(place & 255) * (1.0f / 256.0f);
+    pixel_loops().blend(red_blue, greens, below, factors, count_, red, green, blue);
+  }
+
+ private:
+  void stretch(int64_t row, int slot, Kept& kept) const {
+    if (kept.row[slot] == row) return;
+    kept.row[slot] = row;
+    kept.red_blue[slot].resize(place_.size());
+    kept.green[slot].resize(place_.size());
+    pixel_loops().stretch(
+        source_.data + row * source_.stride, place_.data(), right_.data(), count_, kept.red_blue[slot].data(),
+        kept.green[slot].data());
+  }
+
+  Source<uint32_t> source_;
+  const Affine& affine_;
+  int64_t begin_, count_;
+  std::vector<int32_t> place_, right_;
+};
+
 void warp_image(Tensor out, Tensor image, Tensor matrix, Tensor color, Tensor fill) {
   STD_TORCH_CHECK(
       image.scalar_type() == ScalarType::Byte && image.dim() == 3 && image.size(2) == 3 && image.stride(2) == 1 &&
@@ -122,16 +185,33 @@ void warp_image(Tensor out, Tensor image, Tensor matrix, Tensor color, Tensor fi
   const Source<uint32_t> source = packed.source();
   const double low[2] = {-0.5, -0.5};
   const double high[2] = {static_cast<double>(source.width) - 0.5, static_cast<double>(source.height) - 0.5};
-  for_each_row(rows, [&](int64_t y) {
-    const auto [begin, end] = affine.inside(y, columns, low, high);
-    uint8_t* row[3];
-    for (int c = 0; c < 3; ++c) {
-      row[c] = planes + (c * rows + y) * columns;
-      std::memset(row[c], outside[c], static_cast<size_t>(begin));
-      std::memset(row[c] + end, outside[c], static_cast<size_t>(columns - end));
-    }
-    pixel_loops().sample(
-        source, affine.line(y, begin, 0, 0), factors, end - begin, row[0] + begin, row[1] + begin, row[2] + begin);
+  const bool straight = affine.m[1] == 0 && affine.m[3] == 0;
+  std::optional<Stretched> stretched;
+  if (straight) {
+    const auto [begin, end] = affine.columns(columns, low[0], high[0]);
+    stretched.emplace(source, affine, begin, end);
+  }
+  for_each_index((rows + kRowsOfThread - 1) / kRowsOfThread, [&] {
+    return [&, kept = Stretched::Kept()](int64_t chunk) mutable {
+      const int64_t last = std::min((chunk + 1) * kRowsOfThread, rows);
+      for (int64_t y = chunk * kRowsOfThread; y < last; ++y) {
+        const auto [begin, end] = affine.inside(y, columns, low, high);
+        uint8_t* row[3];
+        for (int c = 0; c < 3; ++c) {
+          row[c] = planes + (c * rows + y) * columns;
+          std::memset(row[c], outside[c], static_cast<size_t>(begin));
+          std::memset(row[c] + end, outside[c], static_cast<size_t>(columns - end));
+          row[c] += begin;
+        }
+        if (begin == end) continue;
+        if (straight) {
+          stretched->write(y, factors, kept, row[0], row[1], row[2]);
+        } else {
+          pixel_loops().sample(
+              source, affine.line(y, begin, 0, 0), factors, end - begin, row[0], row[1], row[2]);
+        }
+      }
+    };
   });
 }
 

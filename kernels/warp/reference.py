@@ -17,8 +17,19 @@ class Neighbors(NamedTuple):
     inside: Tensor
     indices: list[Tensor]
     """Four of rows of the source laid one after the other: the pixel, the one right of it, below it, and diagonal."""
-    weights: list[Tensor]
-    """int64, as STEPS-ths."""
+    right: Tensor
+    below: Tensor
+    """int64, the fractions of a coordinate as STEPS-ths."""
+
+    def weights(self) -> list[Tensor]:
+        """int64, as STEPS-ths."""
+        diagonal = (self.right * self.below + STEPS // 2) // STEPS
+        return [STEPS - self.right - self.below + diagonal, self.right - diagonal, self.below - diagonal, diagonal]
+
+    def exact_weights(self) -> list[Tensor]:
+        """int64, as (STEPS * STEPS)-ths."""
+        left, above = STEPS - self.right, STEPS - self.below
+        return [left * above, self.right * above, left * self.below, self.right * self.below]
 
 
 def neighbors(matrix: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Neighbors:
@@ -34,27 +45,27 @@ def neighbors(matrix: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> 
         next_one.append((whole[-1] + 1).clamp(max=length - 1))
         fraction.append(((at - whole[-1]) * STEPS + 0.5).floor().long())
     (x, y), (x1, y1), (right, below) = whole, next_one, fraction
-    diagonal = (right * below + STEPS // 2) // STEPS
-    weights = [STEPS - right - below + diagonal, right - diagonal, below - diagonal, diagonal]
     width = size[1]
-    return Neighbors(inside, [y * width + x, y * width + x1, y1 * width + x, y1 * width + x1], weights)
+    return Neighbors(inside, [y * width + x, y * width + x1, y1 * width + x, y1 * width + x1], right, below)
 
 
 def warp_image(out: Tensor, image: Tensor, matrix: Tensor, color: Tensor, fill: Tensor) -> None:
     height, width, _ = image.shape
-    inside, indices, weights = neighbors(matrix, (height, width), tuple(out.shape[1:]))
+    found = neighbors(matrix, (height, width), tuple(out.shape[1:]))
+    straight = matrix[0, 1] == 0 and matrix[1, 0] == 0
+    weights, unit = (found.exact_weights(), STEPS**2) if straight else (found.weights(), STEPS)
     pixels = image.reshape(-1, 3)
-    sums = sum(weight[..., None] * pixels[index] for weight, index in zip(weights, indices, strict=True))
+    sums = sum(weight[..., None] * pixels[index] for weight, index in zip(weights, found.indices, strict=True))
     color = color.double()
-    values = (sums.double() / STEPS) @ color[:, :3].T + color[:, 3]
+    values = (sums.double() / unit) @ color[:, :3].T + color[:, 3]
     values = (values + 0.5).floor().clamp(0, 255).to(torch.uint8)
-    out.copy_(torch.where(inside[..., None], values, fill).permute(2, 0, 1))
+    out.copy_(torch.where(found.inside[..., None], values, fill).permute(2, 0, 1))
 
 
 def warp_masks(out: Tensor, codes: Tensor, matrix: Tensor) -> None:
-    inside, indices, weights = neighbors(matrix, tuple(codes.shape), tuple(out.shape[1:]))
-    flat = codes.reshape(-1)
-    found = [flat[index] for index in indices]
+    found = neighbors(matrix, tuple(codes.shape), tuple(out.shape[1:]))
+    flat, weights = codes.reshape(-1), found.weights()
+    codes_around = [flat[index] for index in found.indices]
     for n in range(len(out)):
-        share = sum(weight * (code >> n & 1) for weight, code in zip(weights, found, strict=True))
-        out[n] = inside & (share >= STEPS // 2)
+        share = sum(weight * (code >> n & 1) for weight, code in zip(weights, codes_around, strict=True))
+        out[n] = found.inside & (share >= STEPS // 2)

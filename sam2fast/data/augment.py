@@ -13,8 +13,9 @@ deviation, so that another renderer can make the same sample of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -68,7 +69,7 @@ class Geometry:
     mosaic: Mosaic | None = None
     """`target` and `matrix` lead to a cell of S/2 then."""
 
-    @property
+    @cached_property
     def cell(self) -> Geometry:
         """The map onto one cell of the mosaic, or this one where there is none."""
         return replace(self, side=self.side // 2, mosaic=None) if self.mosaic else self
@@ -102,17 +103,36 @@ class Geometry:
 
     def masks(self, masks: Sequence[np.ndarray | None], out: np.ndarray | None = None) -> np.ndarray:
         """bool [H, W] of each of N objects, None where one is absent, to [N, S, S], that of `out` where it is given."""
-        out = np.empty((len(masks), self.side, self.side), bool) if out is None else out
-        if self.mosaic:
-            moved = self.cell.masks(masks)
-            out.fill(False)
-            out[:, *self._cells()[self.mosaic.cell]] = (
-                moved[..., ::-1] if self.mosaic.flips[self.mosaic.cell] else moved
-            )
-            return out
-        for first in range(0, len(masks), MASKS_AT_ONCE):
+
+        def warp(cell: Geometry, part: slice, target: np.ndarray) -> None:
+            cell._warp(masks[part], target)
+
+        return self._place(warp, len(masks), out)
+
+    def label_masks(
+        self, labels: np.ndarray, numbers: Sequence[int | None], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What `masks` makes of `labels == number`, labels uint8 [H, W], None where an object is absent."""
+
+        def warp(cell: Geometry, part: slice, target: np.ndarray) -> None:
+            cell._warp_labels(labels, numbers[part], target)
+
+        return self._place(warp, len(numbers), out)
+
+    def _place(
+        self, warp: Callable[[Geometry, slice, np.ndarray], None], count: int, out: np.ndarray | None
+    ) -> np.ndarray:
+        """Fill [count, S, S] with masks, as many at once as a code has bits."""
+        out = np.empty((count, self.side, self.side), bool) if out is None else out
+        cell = self.cell
+        moved = np.empty((count, cell.side, cell.side), bool) if self.mosaic else out
+        for first in range(0, count, MASKS_AT_ONCE):
             part = slice(first, first + MASKS_AT_ONCE)
-            self._warp(masks[part], out[part])
+            warp(cell, part, moved[part])
+        if self.mosaic:
+            out.fill(False)
+            flips = self.mosaic.flips[self.mosaic.cell]
+            out[:, *self._cells()[self.mosaic.cell]] = moved[..., ::-1] if flips else moved
         return out
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
@@ -132,6 +152,18 @@ class Geometry:
         else:
             warp_masks(*map(torch.from_numpy, (out, codes, sampling)))
 
+    def _warp_labels(self, labels: np.ndarray, numbers: Sequence[int | None], out: np.ndarray) -> None:
+        part = labels[self.source]
+        shrunk, sampling = self._sampling(part.shape[:2], MASK_PREFILTER_BELOW)
+        if shrunk:
+            self._warp([labels == number if number is not None else None for number in numbers], out)
+            return
+        bits = np.zeros(256, np.uint8)
+        for bit, number in enumerate(numbers):
+            if number is not None:
+                bits[number] |= 1 << bit
+        warp_masks(*map(torch.from_numpy, (out, cv2.LUT(part, bits), sampling)))
+
     def _cells(self) -> list[tuple[slice, slice]]:
         """Rows and columns of the cells of a mosaic."""
         halves = slice(0, self.side // 2), slice(self.side // 2, self.side)
@@ -142,17 +174,34 @@ class Geometry:
 
         Axes of fewer than `area_below` target pixels a source pixel are area-averaged to one.
         """
-        part, linear, offset = array[self.source], *np.split(self.affine(), [2], axis=1)
+        part = array[self.source]
+        shrunk, sampling = self._sampling(part.shape[:2], area_below)
+        return cv2.resize(part, shrunk, interpolation=cv2.INTER_AREA) if shrunk else part, sampling
+
+    def _sampling(self, shape: tuple[int, int], area_below: float) -> tuple[tuple[int, int] | None, np.ndarray]:
+        """See `_prepare`, of the part's [H, W]: the size (W, H) that it shrinks to, if it does, and the map. The same
+        for all frames and masks of a clip."""
+        key = (shape, area_below)
+        if key not in self._samplings:
+            self._samplings[key] = self._new_sampling(shape, area_below)
+        return self._samplings[key]
+
+    @cached_property
+    def _samplings(self) -> dict[tuple[tuple[int, int], float], tuple[tuple[int, int] | None, np.ndarray]]:
+        return {}
+
+    def _new_sampling(self, shape: tuple[int, int], area_below: float) -> tuple[tuple[int, int] | None, np.ndarray]:
+        linear, offset = np.split(self.affine(), [2], axis=1)
         offset = offset[:, 0] + linear @ [self.source[1].start, self.source[0].start]
-        size = np.array(part.shape[1::-1])
+        size = np.array(shape[::-1])
         density = np.linalg.norm(linear, axis=0)
         shrunk = np.where(density < area_below, np.maximum(1, np.round(size * density)), size).astype(int)
-        if (shrunk != size).any():
-            part = cv2.resize(part, shrunk.tolist(), interpolation=cv2.INTER_AREA)
+        shrinks = bool((shrunk != size).any())
+        if shrinks:
             back = size / shrunk  # pixels of the image per pixel of the smaller one
             linear, offset = linear * back, offset + linear @ (back / 2 - 0.5)
         inverse = np.linalg.inv(linear)
-        return part, np.column_stack([inverse, -inverse @ offset])
+        return tuple(shrunk.tolist()) if shrinks else None, np.column_stack([inverse, -inverse @ offset])
 
 
 def plain_geometry(size: tuple[int, int], side: int) -> Geometry:

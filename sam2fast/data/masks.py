@@ -6,7 +6,6 @@ Run lengths (COCO, cocodataset.org) are read, checked and drawn by `sam2fast_ker
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -72,12 +71,9 @@ class _LabelMasks(FrameMasks):
         self._labels = labels
 
     def resampled(self, object_ids: Sequence[int], geometry: Geometry, out: np.ndarray | None = None) -> np.ndarray:
-        if self._labels.shape != self.size or geometry.matrix is not None:
+        if self._labels.shape != self.size:
             return super().resampled(object_ids, geometry, out)
-        # Compares the pixels that are used, not all.
-        used = self._labels[geometry.source]
-        local = replace(geometry, source=(slice(0, used.shape[0]), slice(0, used.shape[1])))
-        return local.masks([used == number if number in self else None for number in object_ids], out)
+        return geometry.label_masks(self._labels, [number if number in self else None for number in object_ids], out)
 
 
 class _RunLengthMasks(FrameMasks):

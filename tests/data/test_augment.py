@@ -198,3 +198,19 @@ def test_the_affine_map_of_a_crop_says_where_its_pixels_go():
             geometry = draw(seed, flip=0.5, **options)
             rows, columns = np.nonzero(geometry.mask(disk(y=30, x=40, radius=8)))
             assert abs(geometry.affine() @ [40, 30, 1] - [columns.mean(), rows.mean()]).max() < 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"degrees": 20.0, "shear": 10.0}, {"mosaic": 1.0}], ids=["crop", "affine", "mosaic"]
+)
+@pytest.mark.parametrize("side", [16, 96])
+def test_masks_of_labels_are_those_of_each_object(options, side):
+    """More objects than one call takes, absent ones, and a square so small that areas are averaged."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 12, (9, 11), dtype=np.uint8).repeat(20, 0).repeat(20, 1)
+    numbers = [3, None, 1, 2, 4, 5, 6, 7, 255, 8, 9]
+    for _ in range(4):
+        geometry = draw_geometry(AugmentConfig(**options), labels.shape, side, rng)
+        want = geometry.masks([None if number is None else labels == number for number in numbers])
+        assert np.array_equal(geometry.label_masks(labels, numbers), want)
+        assert want[0].any() and not want[1].any() and not want[8].any()

@@ -24,6 +24,7 @@ STACK = {
     ("query_gradient", 80, 64): 64,
     ("forward", 80, 256): 768,
     ("query_gradient", 80, 256): 384,
+    ("combine", 80, 256): 16,
 }
 """Bytes of spilled registers of a thread. On an H100 blocks without any were slower; for an A100 there are none at 256
 channels of values, which only self-attention has."""

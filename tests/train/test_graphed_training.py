@@ -164,7 +164,10 @@ def test_replays_give_the_losses_and_gradients_of_eager_steps(deterministic, rat
     kinds = ["mask", "points", "image"] * 4
     for number, kind in enumerate(kinds):
         batch = make_batch(kind, 256, seed=number)
-        want, found = eager.run(kind, batch, number), graphed.run(kind, batch, number)
+        # Gradients differ in their last bits from run to run. Without this the weights would drift apart, a pixel would
+        # change its sign, and a click its place.
+        eager.model.load_state_dict(graphed.model.state_dict())
+        want, found = eager.run(kind, batch, number, update=False), graphed.run(kind, batch, number)
         for name, value in want.items():
             error, scale = (found[name] - value).abs().max().item(), max(value.abs().max().item(), 1e-3)
             assert error <= 2e-2 * scale, (number, kind, name, error, scale)
