@@ -63,6 +63,8 @@ class RunState:
     guards: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
     """Why the current stage ended before its last step; empty while it goes on."""
+    validation_due: bool = False
+    """The validation of this step is still to come: a signal stopped the run before it."""
 
     def match_entries(self, stage: StageConfig, world_size: int) -> list[EntryState]:
         """The entry of each item of `stage.data`, by its dataset and number of frames; `entries` gets those that are

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (2 for a user's mistake)."""
+    """Run a subcommand; returns the exit code (2 for a user's mistake, 75 for a run that a signal stopped)."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "synthesize":
@@ -205,6 +205,7 @@ def _guarded(body: Callable[[], int | None]) -> int:
 
     from .config import UserError
     from .parallel import teardown
+    from .stopping import EXIT_STOPPED, Stopped
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     prefix = "" if alone else f"[rank {os.environ.get('RANK', 0)}] "
@@ -223,6 +224,10 @@ def _guarded(body: Callable[[], int | None]) -> int:
             "max_objects or frames (accumulate keeps the effective batch), model.image_size, or use precision=bfloat16"
         )
         code = 3
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(stopped, flush=True)
+        code = EXIT_STOPPED
     except KeyboardInterrupt:
         say("interrupted; the same command continues from the last checkpoint")
         code = 130
@@ -231,7 +236,7 @@ def _guarded(body: Callable[[], int | None]) -> int:
             raise
         say("ends because another rank did; see its message")
         code = 1
-    if code == 0 or alone:
+    if code in (0, EXIT_STOPPED) or alone:
         teardown()  # with other ranks still in a collective, leaving it in order could wait for them forever
     return code
 

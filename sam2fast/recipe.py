@@ -43,6 +43,7 @@ from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
+from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
 from .telemetry.gpu import GpuStats
 from .telemetry.meters import Meters
@@ -64,13 +65,23 @@ class _Run:
     telemetry: Telemetry
     bad_records: BadRecords
     decoder: DaliDecoder | None
+    stop: StopRequest
 
 
 def run(config: Config, ranks: Ranks) -> Path:
     """Train every stage that is not done yet; returns the run folder. Called on every rank.
 
     `output_dir` must be the same folder for all ranks, also on several machines.
+
+    Raises:
+        Stopped: by a signal; the same call goes on.
     """
+    stop = StopRequest(ranks, config.engine.timeout_minutes)
+    with stop.listening():
+        return _run(config, ranks, stop)
+
+
+def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
@@ -94,10 +105,14 @@ def run(config: Config, ranks: Ranks) -> Path:
     bad_data = BadDataLog(folder.path, first=ranks.main, resuming=state.global_step > 0)
     telemetry = Telemetry(Meters(), log, bad_data, progress, GpuStats(ranks.device), progress.message)
     try:
+        shared = _Run(config, ranks, folder, store, datasets, telemetry, bad_records, decoder, stop)
         while state.stage < len(config.stages):
-            _train_stage(
-                _Run(config, ranks, folder, store, datasets, telemetry, bad_records, decoder), state, checkpoint
-            )
+            if signal := stop.now():
+                raise Stopped(
+                    f"{signal}: stopped at step {state.global_step}, before anything was trained that is not saved; "
+                    f"the same command continues (exit code {EXIT_STOPPED})"
+                )
+            _train_stage(shared, state, checkpoint)
             checkpoint = None
     finally:
         progress.close()
@@ -218,7 +233,7 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
             f"{engine.layout['engine']} engine; the first numbers come after {config.log_every} steps"
         )
         trainer = StageTrainer(config, state, engine, entries, clips, ranks, run.store, run.telemetry, validation,
-                               run.bad_records, run.decoder)  # fmt: skip
+                               run.bad_records, run.stop, run.decoder)  # fmt: skip
         trainer.train()
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
