@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -228,6 +229,14 @@ def _guarded(body: Callable[[], int | None]) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(stopped, flush=True)
         code = EXIT_STOPPED
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        say(
+            f"error: cannot write {error.filename or 'to output_dir'}: {error.strerror}; free space there, or raise "
+            "the quota; the same command continues from the last checkpoint"
+        )
+        code = 2
     except KeyboardInterrupt:
         say("interrupted; the same command continues from the last checkpoint")
         code = 130
@@ -239,6 +248,10 @@ def _guarded(body: Callable[[], int | None]) -> int:
     if code in (0, EXIT_STOPPED) or alone:
         teardown()  # with other ranks still in a collective, leaving it in order could wait for them forever
     return code
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
+"""What a disk that is full or gone says of small files, such as the log."""
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

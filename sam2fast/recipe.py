@@ -22,7 +22,8 @@ import torch
 
 from sam2fast_kernels import library
 
-from .checkpoint import CheckpointStore, EntryState, RunState, save_state, write_folder
+from .checkpoint import CheckpointStore, EntryState, RunState, save_state
+from .checkpoint_files import saving, write_folder
 from .config import Config, ConfigError, DatasetConfig, MixItem, ModelConfig, StageConfig
 from .data.bad_records import BadRecords
 from .data.dali import DaliDecoder, build_decoder, choose_backend
@@ -88,7 +89,9 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
-    state, checkpoint = ranks.broadcast(ranks.agree(lambda: folder.find_state(store) if ranks.main else None))
+    state, checkpoint = ranks.broadcast(
+        ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow=True)
+    )
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
     if config.data.workers:
         start_fork_server()  # now, for it takes as long as building the model
@@ -117,9 +120,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     finally:
         progress.close()
         log.close()
-    if ranks.main:
-        _finish(config, folder)
-    ranks.barrier()
+    ranks.agree(lambda: _finish(config, folder) if ranks.main else None)
     return folder.path
 
 
@@ -244,9 +245,12 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     validation.end_stage()
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
     state.entries = []
-    if ranks.main:
-        write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
-    ranks.barrier()
+
+    def save() -> None:
+        with saving(f"the weights of stage {stage.name}", folder):
+            write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
+
+    ranks.agree(lambda: save() if ranks.main else None)
 
 
 def _clips(run: _Run, state: RunState, item: MixItem, entry: EntryState) -> ClipDataset:
@@ -298,6 +302,9 @@ def _finish(config: Config, folder: RunFolder) -> None:
 
     weights = folder.stage(config, len(config.stages) - 1) / "model.pt"
     export = folder.path / "export"
-    write_folder(export, lambda path: (shutil.copyfile(weights, path / "model.pt"), split_checkpoint(weights, path)))
+    with saving("the final weights", export):
+        write_folder(
+            export, lambda path: (shutil.copyfile(weights, path / "model.pt"), split_checkpoint(weights, path))
+        )
     write_curves(folder.path)
     Console().print(summarize(folder.path))
