@@ -62,6 +62,8 @@ class RunState:
     guards: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
     """Why the current stage ended before its last step; empty while it goes on."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """`tag`, `value` and global `step` of the best score, where `checkpoint.best` names one."""
     validation_due: bool = False
     """The validation of this step is still to come: a signal stopped the run before it."""
 
@@ -143,15 +145,17 @@ class CheckpointStore:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         if self.ranks.main:
-            self._prune(final)
+            self._prune(final, state.best.get("step"))
         self.ranks.barrier()
         return final
 
-    def _prune(self, newest: Path) -> None:
-        """Keep the last ones up to `newest`. Those after it are damaged, or this run would have gone on from them."""
+    def _prune(self, newest: Path, best: int | None) -> None:
+        """Keep the last ones up to `newest`, and the best. Those after it are damaged, or this run would have gone on
+        from them."""
         found = self._all()
         now = found.index(newest) + 1
-        for old in found[: max(0, now - self.keep)] + found[now:]:
+        before = [path for path in found[:now] if _step(path) != best]
+        for old in before[: -self.keep] + found[now:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _all(self) -> list[Path]:

@@ -146,7 +146,8 @@ class StageTrainer:
         try:
             if state.validation_due:
                 state.validation_due = False
-                self._validate()
+                if self._validate():
+                    self.store.save(self.engine, state)
             while state.step < self.stage.steps and not state.stopped:
                 with clock.loading():
                     batches = self._next_batches()
@@ -172,7 +173,7 @@ class StageTrainer:
                     if signal:
                         state.validation_due = True  # it may take longer than there is time
                     else:
-                        self._validate()
+                        saving |= self._validate()
                         clock = IntervalClock()
                         signal = self.stop.now()
                 if saving or signal:
@@ -342,7 +343,8 @@ class StageTrainer:
         self.telemetry.log.scalars(state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.update(state.global_step, self.stage.name, values)
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Score the model; whether the score of `checkpoint.best` is the best so far."""
         values = self.validate()
         self.telemetry.log.scalars(self.state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.message(
@@ -353,6 +355,15 @@ class StageTrainer:
                 ]
             )
         )
+        tag, best = self.config.checkpoint.best, self.state.best
+        if tag is None:
+            return False
+        value, known = values[f"val/{tag}"], best.get("value") if best.get("tag") == tag else None
+        if not math.isfinite(value) or (known is not None and value <= known):
+            return False
+        self.state.best = {"tag": tag, "value": value, "step": self.state.global_step}
+        self.telemetry.progress.message(f"best {tag} so far: the checkpoint of step {self.state.global_step} is kept")
+        return True
 
 
 TAGS = {
