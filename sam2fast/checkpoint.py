@@ -1,24 +1,23 @@
 """The state of a run on disk: written whole or not at all, and found again by the same command.
 
-A run folder holds checkpoints/step_XXXXXXXX/ with the engine's files and state.json. A checkpoint is written under a
-temporary
-name and renamed when every rank has finished, so a folder with a final name is complete.
+A run folder holds checkpoints/step_XXXXXXXX/ with the engine's files and state.json, which lists their sizes and
+checksums. A checkpoint is written under a temporary name and renamed when every rank has finished, so a folder with a
+final name was complete once; `latest` finds out whether it still is.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .checkpoint_files import find_damage, list_files, partial_folder, publish, saving
 from .config import StageConfig, UserError
 from .parallel import Engine, Ranks
 
@@ -63,6 +62,10 @@ class RunState:
     guards: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
     """Why the current stage ended before its last step; empty while it goes on."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """`tag`, `value` and global `step` of the best score, where `checkpoint.best` names one."""
+    validation_due: bool = False
+    """The validation of this step is still to come: a signal stopped the run before it."""
 
     def match_entries(self, stage: StageConfig, world_size: int) -> list[EntryState]:
         """The entry of each item of `stage.data`, by its dataset and number of frames; `entries` gets those that are
@@ -104,38 +107,90 @@ class CheckpointStore:
         self.ranks = ranks
 
     def save(self, engine: Engine, state: RunState) -> Path:
-        """Write a checkpoint of `state.global_step` (called on every rank)."""
+        """Write a checkpoint of `state.global_step` (called on every rank).
+
+        Raises:
+            SaveError: on the first rank that cannot write, SystemExit on the others; nothing stays of the checkpoint.
+        """
         final = self.folder / f"step_{state.global_step:08d}"
-        partial = self.folder / f".{final.name}.partial"
+        partial = partial_folder(final)
+        what = f"the checkpoint of step {state.global_step}"
+
+        def prepare() -> None:
+            with saving(what, final):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def write() -> None:
+            with saving(what, final):
+                engine.save(partial)
+
+        def finish() -> None:
+            with saving(what, final):
+                header = {
+                    "state": asdict(state),
+                    "layout": engine.layout,
+                    "torch": torch.__version__,
+                    "files": list_files(partial),
+                }
+                (partial / "state.json").write_text(json.dumps(header, indent=1))
+                publish(partial, final)
+
+        try:
+            self.ranks.agree(lambda: prepare() if self.ranks.main else None)
+            self.ranks.agree(write)
+            self.ranks.agree(lambda: finish() if self.ranks.main else None, slow=True)
+        except (UserError, SystemExit):
+            if self.ranks.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.ranks.main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.ranks.barrier()
-        engine.save(partial)
-        self.ranks.barrier()
-        if self.ranks.main:
-            header = {
-                "state": asdict(state),
-                "layout": engine.layout,
-                "torch": torch.__version__,
-            }
-            (partial / "state.json").write_text(json.dumps(header, indent=1))
-            _publish(partial, final)
-            for old in self.complete()[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._prune(final, state.best.get("step"))
         self.ranks.barrier()
         return final
 
-    def complete(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step_*") if (path / "state.json").is_file())
+    def _prune(self, newest: Path, best: int | None) -> None:
+        """Keep the last ones up to `newest`, and the best. Those after it are damaged, or this run would have gone on
+        from them."""
+        found = self._all()
+        now = found.index(newest) + 1
+        before = [path for path in found[:now] if _step(path) != best]
+        for old in before[: -self.keep] + found[now:]:
+            shutil.rmtree(old, ignore_errors=True)
 
-    def latest(self) -> tuple[Path, RunState] | None:
-        """The newest finished checkpoint and its state."""
-        found = self.complete()
-        if not found:
-            return None
-        return found[-1], _state(found[-1])
+    def _all(self) -> list[Path]:
+        """Checkpoints, whole or not, oldest first."""
+        return sorted((path for path in self.folder.glob("step_*") if path.is_dir()), key=_step)
+
+    def latest(self, after: int = 0) -> tuple[Path, RunState] | None:
+        """The newest checkpoint that is whole, and its state; a newer one that is not is named in a warning.
+
+        Args:
+            after: where the run can go on without a checkpoint: older ones are of no interest. 0 is the start.
+
+        Raises:
+            ResumeError: there are checkpoints and none is whole, and the run could only start anew; or the newest is of
+                another version.
+        """
+        damaged: list[str] = []
+        found = None
+        for path in reversed(self._all()):
+            if _step(path) <= after:
+                break
+            damage = _damage(path)
+            if not damage:
+                found = path, _state(path)
+                break
+            damaged.append(f"{path} is damaged ({damage})")
+        if damaged and found is None and not after:
+            raise ResumeError(
+                f"no checkpoint can be used: {'; '.join(damaged)}; restore one of them from a copy, or delete "
+                f"{self.folder} to start anew"
+            )
+        if damaged:
+            goes_on = f"from {found[0]}" if found else f"after the last finished stage, at step {after}"
+            print(f"warning: {'; '.join(damaged)}; continuing {goes_on}", flush=True)
+        return found
 
     def load(self, engine: Engine, path: Path) -> None:
         """Restore weights and optimizer.
@@ -166,15 +221,6 @@ LAYOUT_NAMES = {
     "world_size": "number of ranks",
     "groups": "trained parameters per group",
 }
-
-
-def write_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under a temporary name and rename it when it is whole."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    _publish(partial, final)
 
 
 def save_state(folder: Path, state: RunState) -> None:
@@ -210,7 +256,7 @@ def _header(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no settings")
         return header
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> ResumeError:
@@ -220,24 +266,18 @@ def _unreadable(path: Path, error: Exception) -> ResumeError:
     )
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Rename a folder that is whole, durably; an older one of the same name is whole until the new one has taken its
-    place."""
-    for path in partial.rglob("*"):
-        _sync(path)
-    _sync(partial)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _step(path: Path) -> int:
+    number = path.name.removeprefix("step_")
+    return int(number) if number.isdigit() else 0
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _damage(path: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty where nothing is, or where they were not listed yet."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return find_damage(path, _header(path).get("files", {}))
+    except ResumeError as error:
+        cause = error.__cause__
+        missing = isinstance(cause, FileNotFoundError)
+        return "state.json is missing" if missing else f"state.json cannot be read: {cause}"
+    except (TypeError, KeyError, AttributeError):
+        return "state.json does not list its files as it should"

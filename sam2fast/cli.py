@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (2 for a user's mistake)."""
+    """Run a subcommand; returns the exit code (2 for a user's mistake, 75 for a run that a signal stopped)."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "synthesize":
@@ -205,6 +206,7 @@ def _guarded(body: Callable[[], int | None]) -> int:
 
     from .config import UserError
     from .parallel import teardown
+    from .stopping import EXIT_STOPPED, Stopped
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     prefix = "" if alone else f"[rank {os.environ.get('RANK', 0)}] "
@@ -223,6 +225,18 @@ def _guarded(body: Callable[[], int | None]) -> int:
             "max_objects or frames (accumulate keeps the effective batch), model.image_size, or use precision=bfloat16"
         )
         code = 3
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(stopped, flush=True)
+        code = EXIT_STOPPED
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        say(
+            f"error: cannot write {error.filename or 'to output_dir'}: {error.strerror}; free space there, or raise "
+            "the quota; the same command continues from the last checkpoint"
+        )
+        code = 2
     except KeyboardInterrupt:
         say("interrupted; the same command continues from the last checkpoint")
         code = 130
@@ -231,9 +245,13 @@ def _guarded(body: Callable[[], int | None]) -> int:
             raise
         say("ends because another rank did; see its message")
         code = 1
-    if code == 0 or alone:
+    if code in (0, EXIT_STOPPED) or alone:
         teardown()  # with other ranks still in a collective, leaving it in order could wait for them forever
     return code
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
+"""What a disk that is full or gone says of small files, such as the log."""
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

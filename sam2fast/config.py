@@ -234,6 +234,11 @@ class ValidationSet(Section):
     max_items: Positive | None = None
     max_frames: Positive | None = None
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of its scores, all of which are better when higher."""
+        return (self.tag,) if self.kind == "vos" else (f"{self.tag}_map", f"{self.tag}_miou")
+
 
 class ValidationConfig(Section):
     """When and on what the model is validated, and when training stops early."""
@@ -254,6 +259,9 @@ class CheckpointConfig(Section):
 
     every: Positive = 500
     keep: Positive = 2
+    best: str | None = None
+    """A validation score, by its tag without `val/` (davis_jf, sa1b_miou): the checkpoint where it was best is kept
+    beside the last `keep`; empty keeps none."""
     resume: bool = True
     """The same command continues an unfinished run in `output_dir`; false refuses to touch one."""
 
@@ -300,6 +308,10 @@ class Config(Section):
         tags = [entry.tag for entry in self.validation.sets]
         if len(set(tags)) != len(tags):
             raise ValueError(f"tags of validation.sets must differ, got {tags}")
+        best, scores = self.checkpoint.best, [name for entry in self.validation.sets for name in entry.scores]
+        if best is not None and best not in scores:
+            hint = nearest(best, scores) or "; add a set, or remove checkpoint.best"
+            raise ValueError(f"checkpoint.best is {best!r}, which is no score of validation.sets{hint}")
         return self
 
 

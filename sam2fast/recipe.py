@@ -22,7 +22,8 @@ import torch
 
 from sam2fast_kernels import library
 
-from .checkpoint import CheckpointStore, EntryState, RunState, save_state, write_folder
+from .checkpoint import CheckpointStore, EntryState, RunState, save_state
+from .checkpoint_files import saving, write_folder
 from .config import Config, ConfigError, DatasetConfig, MixItem, ModelConfig, StageConfig
 from .data.bad_records import BadRecords
 from .data.dali import DaliDecoder, build_decoder, choose_backend
@@ -43,6 +44,7 @@ from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
+from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
 from .telemetry.gpu import GpuStats
 from .telemetry.meters import Meters
@@ -64,20 +66,32 @@ class _Run:
     telemetry: Telemetry
     bad_records: BadRecords
     decoder: DaliDecoder | None
+    stop: StopRequest
 
 
 def run(config: Config, ranks: Ranks) -> Path:
     """Train every stage that is not done yet; returns the run folder. Called on every rank.
 
     `output_dir` must be the same folder for all ranks, also on several machines.
+
+    Raises:
+        Stopped: by a signal; the same call goes on.
     """
+    stop = StopRequest(ranks, config.engine.timeout_minutes)
+    with stop.listening():
+        return _run(config, ranks, stop)
+
+
+def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
-    state, checkpoint = ranks.broadcast(ranks.agree(lambda: folder.find_state(store) if ranks.main else None))
+    state, checkpoint = ranks.broadcast(
+        ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow=True)
+    )
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
     if config.data.workers:
         start_fork_server()  # now, for it takes as long as building the model
@@ -94,17 +108,19 @@ def run(config: Config, ranks: Ranks) -> Path:
     bad_data = BadDataLog(folder.path, first=ranks.main, resuming=state.global_step > 0)
     telemetry = Telemetry(Meters(), log, bad_data, progress, GpuStats(ranks.device), progress.message)
     try:
+        shared = _Run(config, ranks, folder, store, datasets, telemetry, bad_records, decoder, stop)
         while state.stage < len(config.stages):
-            _train_stage(
-                _Run(config, ranks, folder, store, datasets, telemetry, bad_records, decoder), state, checkpoint
-            )
+            if signal := stop.now():
+                raise Stopped(
+                    f"{signal}: stopped at step {state.global_step}, before anything was trained that is not saved; "
+                    f"the same command continues (exit code {EXIT_STOPPED})"
+                )
+            _train_stage(shared, state, checkpoint)
             checkpoint = None
     finally:
         progress.close()
         log.close()
-    if ranks.main:
-        _finish(config, folder)
-    ranks.barrier()
+    ranks.agree(lambda: _finish(config, folder) if ranks.main else None)
     return folder.path
 
 
@@ -218,7 +234,7 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
             f"{engine.layout['engine']} engine; the first numbers come after {config.log_every} steps"
         )
         trainer = StageTrainer(config, state, engine, entries, clips, ranks, run.store, run.telemetry, validation,
-                               run.bad_records, run.decoder)  # fmt: skip
+                               run.bad_records, run.stop, run.decoder)  # fmt: skip
         trainer.train()
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
@@ -229,9 +245,12 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     validation.end_stage()
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
     state.entries = []
-    if ranks.main:
-        write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
-    ranks.barrier()
+
+    def save() -> None:
+        with saving(f"the weights of stage {stage.name}", folder):
+            write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
+
+    ranks.agree(lambda: save() if ranks.main else None)
 
 
 def _clips(run: _Run, state: RunState, item: MixItem, entry: EntryState) -> ClipDataset:
@@ -283,6 +302,9 @@ def _finish(config: Config, folder: RunFolder) -> None:
 
     weights = folder.stage(config, len(config.stages) - 1) / "model.pt"
     export = folder.path / "export"
-    write_folder(export, lambda path: (shutil.copyfile(weights, path / "model.pt"), split_checkpoint(weights, path)))
+    with saving("the final weights", export):
+        write_folder(
+            export, lambda path: (shutil.copyfile(weights, path / "model.pt"), split_checkpoint(weights, path))
+        )
     write_curves(folder.path)
     Console().print(summarize(folder.path))

@@ -33,8 +33,7 @@ class RunFolder:
             (self.path / "stages").glob("[0-9]*_*/state.json"), key=lambda path: int(path.parent.name.split("_")[0])
         )
         state = load_state(ended[-1].parent) if ended else RunState()
-        latest = store.latest()
-        if latest and latest[1].global_step > state.global_step:
+        if latest := store.latest(after=state.global_step):
             return latest[1], latest[0]
         return state, None
 

@@ -26,6 +26,7 @@ from .losses import SegmentationLoss
 from .models.plan import RolloutPlan, draw_plan
 from .optim import learning_rate
 from .parallel import CudaCapture, Engine, GraphedSteps, Ranks, StepResult
+from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
 from .telemetry.meters import Meters
 from .telemetry.progress import Progress
@@ -115,6 +116,7 @@ class StageTrainer:
         telemetry: Telemetry,
         validate: Callable[[], dict[str, float]],
         bad_records: BadRecords,
+        stop: StopRequest,
         decoder: DaliDecoder | None = None,
     ) -> None:
         self.config, self.state, self.engine, self.ranks = config, state, engine, ranks
@@ -123,7 +125,7 @@ class StageTrainer:
         self.loss = SegmentationLoss(self.stage.loss)
         self.mixture = Mixture(self.stage, config.seed, state.stage)
         self.entries, self.datasets = entries, datasets
-        self.bad_records, self.decoder = bad_records, decoder
+        self.bad_records, self.stop, self.decoder = bad_records, stop, decoder
         self.unshared: list[BadRecord] = []
         self.loaders: dict[int, Iterator[PackedBatch]] = {}
         self.transfer = Transfer(ranks.device)
@@ -136,15 +138,21 @@ class StageTrainer:
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradient that is not finite.
+            Stopped: a signal asked for it; a checkpoint is saved.
         """
         state, config = self.state, self.config
         started = time.monotonic() - state.seconds
         clock = IntervalClock()
         try:
+            if state.validation_due:
+                state.validation_due = False
+                if self._validate():
+                    self.store.save(self.engine, state)
             while state.step < self.stage.steps and not state.stopped:
                 with clock.loading():
                     batches = self._next_batches()
                 self._list_records()
+                self.stop.begin()
                 self._step(batches)
                 item = self.mixture.item(state.step)
                 clock.count(self._samples(item))
@@ -152,19 +160,29 @@ class StageTrainer:
                 state.step += 1
                 state.global_step += 1
                 state.seconds = time.monotonic() - started
+                signal = self.stop.end()
                 ended = state.step == self.stage.steps
                 saving = not ended and state.global_step % config.checkpoint.every == 0
                 # Also before a save, so that the means of a resumed run cover the same steps.
-                if ended or saving or state.global_step % config.log_every == 0:
+                if ended or saving or signal or state.global_step % config.log_every == 0:
                     self._check_finite()
                     self._check_records()
                     self._log(clock.values())
                 every = config.validation.every
                 if config.validation.sets and (ended or (every and state.global_step % every == 0)):
-                    self._validate()
-                    clock = IntervalClock()
-                if saving:
-                    self.store.save(self.engine, state)
+                    if signal:
+                        state.validation_due = True  # it may take longer than there is time
+                    else:
+                        saving |= self._validate()
+                        clock = IntervalClock()
+                        signal = self.stop.now()
+                if saving or signal:
+                    path = self.store.save(self.engine, state)
+                if signal:
+                    raise Stopped(
+                        f"{signal}: stopped after step {state.global_step}, which is saved in {path}; the same command "
+                        f"continues (exit code {EXIT_STOPPED})"
+                    )
         finally:
             for loader in self.loaders.values():
                 loader.close()
@@ -325,7 +343,8 @@ class StageTrainer:
         self.telemetry.log.scalars(state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.update(state.global_step, self.stage.name, values)
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Score the model; whether the score of `checkpoint.best` is the best so far."""
         values = self.validate()
         self.telemetry.log.scalars(self.state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.message(
@@ -336,6 +355,15 @@ class StageTrainer:
                 ]
             )
         )
+        tag, best = self.config.checkpoint.best, self.state.best
+        if tag is None:
+            return False
+        value, known = values[f"val/{tag}"], best.get("value") if best.get("tag") == tag else None
+        if not math.isfinite(value) or (known is not None and value <= known):
+            return False
+        self.state.best = {"tag": tag, "value": value, "step": self.state.global_step}
+        self.telemetry.progress.message(f"best {tag} so far: the checkpoint of step {self.state.global_step} is kept")
+        return True
 
 
 TAGS = {

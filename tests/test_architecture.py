@@ -31,10 +31,12 @@ ALLOWED = {
     "losses": {"config"},
     "optim": {"config", "models"},
     "evaluation": {"config", "data", "models", "parallel"},
-    "checkpoint": {"config", "parallel", "models.official"},
+    "stopping": {"parallel"},
+    "checkpoint_files": {"config", "parallel"},
+    "checkpoint": {"config", "parallel", "models.official", "checkpoint_files"},
     "run_folder": {"config", "config_file", "checkpoint"},
     "memory_plan": {"config", "performance", "data.sample", "models", "losses", "optim", "parallel"},
-    "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint"},
+    "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint", "stopping"},
 }
 ALLOWED["recipe"] = {*ALLOWED, "trainer"}
 ALLOWED["cli"] = {*ALLOWED, "recipe"}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 
 import sam2fast_kernels
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def start_fork_server() -> None:
@@ -21,6 +27,9 @@ def start_fork_server() -> None:
 
     That process must import the packages from where this one did, also from a bare checkout beside an installed
     version. It takes its path from the environment alone, and imports a main module only from Python 3.13 on.
+
+    Signals that ask a run to stop often reach all its processes; those started here, and those forked from them, have
+    them blocked and go on until the run lets go of them.
     """
     modules = [f"{__package__}.loaders"]
     if Path(sam2fast_kernels.__file__).parent.name == "kernels":
@@ -30,7 +39,10 @@ def start_fork_server() -> None:
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root
     try:
-        multiprocessing.forkserver.ensure_running()
+        with _blocked_signals():
+            multiprocessing.resource_tracker.ensure_running()  # itself, starting, unblocks some
+        with _blocked_signals():
+            multiprocessing.forkserver.ensure_running()
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]
@@ -41,7 +53,27 @@ def start_fork_server() -> None:
 def start_worker(number: int = 0) -> None:
     """Set up a process that decodes, and end it with the one that started it. The DataLoader gives it a number."""
     cv2.setNumThreads(0)  # the processes are the parallelism
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # as the fork server has, in case another started this
     threading.Thread(target=_end_with_trainer, daemon=True).start()
+    threading.Thread(target=_end_by_trainer, daemon=True).start()
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """New processes inherit what is blocked; a signal to this one waits until the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_by_trainer() -> None:
+    """End this process when the trainer itself sends SIGTERM, as it does to workers that do not end in time."""
+    trainer = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != trainer:
+        pass
+    os._exit(1)
 
 
 def _end_with_trainer() -> None:

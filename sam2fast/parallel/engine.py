@@ -43,7 +43,11 @@ class Engine(Protocol):
         """Clip, update with every group's base rate times `lr_scale`, and clear the gradients."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into `folder` (called on every rank)."""
+        """Write weights and optimizer state into `folder` (called on every rank).
+
+        Raises:
+            OSError, RuntimeError: a file of this rank could not be written (`is_write_error`); collectives are done.
+        """
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
@@ -95,6 +99,12 @@ def resolve_kind(config: EngineConfig) -> str:
     # The deepspeed launcher sets both, torchrun neither.
     launched = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ
     return "deepspeed" if launched or config.zero_stage is not None or config.deepspeed_config else "torch"
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether the file system is the cause. torch.save says so with errors of its own, which hide the reason."""
+    signs = ("inline_container", "iostream error", "Parent directory", "cannot be opened")
+    return isinstance(error, OSError) or (type(error) is RuntimeError and any(sign in str(error) for sign in signs))
 
 
 AUTOCAST_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
-from .engine import StepResult, autocast, clip_within_update, evaluating, group_settings, set_rates
+from .engine import (
+    StepResult,
+    autocast,
+    clip_within_update,
+    evaluating,
+    group_settings,
+    is_write_error,
+    set_rates,
+)
 from .mesh import Ranks
 
 DEFAULT_STAGE = 1
@@ -125,7 +133,15 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         scale = vars(self.loss_scale) if self.loss_scale else {}
-        self.engine.save_checkpoint(str(folder), tag="zero", client_state={"loss_scale": scale}, save_latest=False)
+        engine, writer, errors = self.engine, self.engine.checkpoint_engine, DeferredErrors()
+        engine.checkpoint_engine = _Writer(writer, errors)
+        engine._copy_recovery_script = errors.deferring(type(engine)._copy_recovery_script.__get__(engine))
+        try:
+            engine.save_checkpoint(str(folder), tag="zero", client_state={"loss_scale": scale}, save_latest=False)
+        finally:
+            engine.checkpoint_engine = writer
+            del engine._copy_recovery_script
+        errors.raise_first()
 
     def load(self, folder: Path) -> None:
         settings = group_settings(self.optimizer.param_groups)
@@ -164,6 +180,45 @@ class DeepSpeedEngine:
         # DeepSpeed leaves reference cycles: without this the next stage is built while these weights still live.
         del self.engine, self.optimizer, self.module, self.params
         gc.collect()
+
+
+class DeferredErrors:
+    """Errors of writing, kept until all ranks are past DeepSpeed's collectives: raised at once they would leave the
+    other ranks waiting in one."""
+
+    def __init__(self) -> None:
+        self._first: Exception | None = None
+
+    def deferring(self, function: Callable) -> Callable:
+        """`function`, which does nothing any more after an error."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._first is not None:
+                return None
+            try:
+                return function(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                if not is_write_error(error):
+                    raise
+                self._first = error
+                return None
+
+        return call
+
+    def raise_first(self) -> None:
+        if self._first is not None:
+            raise self._first
+
+
+class _Writer:
+    """DeepSpeed's checkpoint engine with deferred errors."""
+
+    def __init__(self, inner: Any, errors: DeferredErrors) -> None:
+        self._inner = inner
+        self.save, self.makedirs = errors.deferring(inner.save), errors.deferring(inner.makedirs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 @dataclass

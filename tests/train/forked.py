@@ -43,12 +43,14 @@ class Launch:
         self.server.stdin.flush()
         self.pids: list[int] = json.loads(self.server.stdout.readline())
         self.code: int | None = None
+        self.codes: list[int] = []
+        """Exit codes of the ranks, once all have ended."""
         self.waiting = threading.Thread(target=self._wait)
         self.waiting.start()
 
     def _wait(self) -> None:
-        codes = json.loads(self.server.stdout.readline())
-        self.code = next((code for code in codes if code), 0)
+        self.codes = json.loads(self.server.stdout.readline())
+        self.code = next((code for code in self.codes if code), 0)
 
     def poll(self) -> int | None:
         """The exit code once all ranks have ended: the first that is not 0."""

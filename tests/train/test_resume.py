@@ -51,9 +51,9 @@ def test_killed_runs_end_with_the_same_weights(
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, exact_config: Path, synthetic: Path) -> Path:
-    """A run that was killed at step 2, with a checkpoint of each step."""
+    """A run that was killed at step 3, with a checkpoint of each step, the last two of them."""
     output = tmp_path_factory.mktemp("killed") / "run"
-    kill_at(command(FORKED, exact_config, synthetic, Path(output.name), "checkpoint.every=1"), output, 2)
+    kill_at(command(FORKED, exact_config, synthetic, Path(output.name), "checkpoint.every=1"), output, 3)
     return output
 
 
@@ -95,13 +95,50 @@ def test_a_run_that_cannot_continue_says_why(
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_damaged_checkpoint_is_named(interrupted: Path, exact_config: Path, synthetic: Path) -> None:
-    newest = sorted((interrupted / "checkpoints").glob("step_*"))[-1]
-    (newest / "torch.pt").write_bytes((newest / "torch.pt").read_bytes()[:1000])
-    arguments = command(FORKED, exact_config, synthetic, Path(interrupted.name), "checkpoint.every=1")
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "size": ("torch.pt", cut, "torch.pt has 300 bytes and not"),
+    "checksum": ("torch.pt", flip, "torch.pt has another checksum than when it was written"),
+    "missing": ("torch.pt", Path.unlink, "torch.pt is missing"),
+    "state": ("state.json", cut, "state.json cannot be read"),
+    "no-state": ("state.json", Path.unlink, "state.json is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    interrupted: Path, exact_config: Path, synthetic: Path, damage: str
+) -> None:
+    name, change, reason = DAMAGES[damage]
+    *_, before, newest = sorted((interrupted / "checkpoints").glob("step_*"))
+    change(newest / name)
+    ranks = TWO_FORKED if damage == "size" else FORKED
+    arguments = command(ranks, exact_config, synthetic, Path(interrupted.name), "checkpoint.every=1")
     done = run(arguments, cwd=interrupted.parent)
-    assert done.returncode == 2 and newest.name in done.stderr and "delete this folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (warning,) = [line for line in done.stdout.splitlines() if "damaged" in line]
+    assert warning.startswith("warning: ") and newest.name in warning and reason in warning
+    assert f"continuing from {Path('run') / 'checkpoints' / before.name}" in warning
+    assert f"continuing at step {int(before.name[-8:])} " in done.stdout
+    assert list(losses(interrupted)) == [1, 2, 3, 4]
+
+
+def test_without_a_whole_checkpoint_there_is_one_error(interrupted: Path, exact_config: Path, synthetic: Path) -> None:
+    found = sorted((interrupted / "checkpoints").glob("step_*"))
+    for path in found:
+        cut(path / "torch.pt")
+    done = run(command(TWO_FORKED, exact_config, synthetic, Path(interrupted.name)), cwd=interrupted.parent)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    assert "no checkpoint can be used" in done.stderr and all(path.name in done.stderr for path in found)
 
 
 def test_a_changed_learning_rate_is_used(interrupted: Path, exact_config: Path, synthetic: Path) -> None:
