@@ -1,9 +1,9 @@
 """Where a training step's time goes on a GPU: `python benchmarks/profile_step.py B+-maskx3@1024-bf16 all_on_graphs`.
 
 Times the step of a provider of the case step_time and lists its kernels. Prints, as the last line, one JSON object:
-{"shape", "provider", "device", "ms", "host_ms", "peak_bytes", "launches", "kernel_ms"}; `host_ms` is the time until the
-host has queued the step. It can only be above `ms` less what is still queued then: a step whose two times are about
-equal waits for the host.
+{"shape", "provider", "device", "ms", "host_ms", "peak_bytes", "launches", "kernel_ms"}. `host_ms` is the time until the
+host has queued the step, `kernel_ms` what its kernels take: where the former is the larger one, the GPU waits for the
+host.
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the GPU of a tensor; 1 on a CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
 class Launch(NamedTuple):
     """Every tensor of a launch is on the same device."""
 

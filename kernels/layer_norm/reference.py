@@ -11,7 +11,8 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalized rows of x [R, C] in `dtype`, their means and reciprocal deviations [R]."""
-    y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    x, weight, bias = _operands(x.to(torch.promote_types(x.dtype, dtype)), weight, bias)
+    y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
     return (F.gelu(y) if gelu else y).to(dtype), mean.flatten(), rstd.flatten()
 
 
@@ -21,7 +22,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias; the latter two in at least float32. Means and reciprocal deviations are computed
     where they are not given."""
-    scale, shift = weight.to(x.dtype), bias.to(x.dtype)
+    x, scale, shift = _operands(x, weight, bias)
     if mean is None or rstd is None:
         _, mean, rstd = torch.native_layer_norm(x, weight.shape, scale, shift, eps)
     grad, mean, rstd = grad.to(x.dtype), mean.view(-1, 1), rstd.view(-1, 1)
@@ -31,5 +32,10 @@ def layer_norm_backward(
     grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
         grad, x, list(weight.shape), mean, rstd, scale, shift, [True, True, True]
     )
+    return grad_x, *grads
+
+
+def _operands(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameters in the precision of statistics, which is float32 at least."""
     computed = torch.promote_types(x.dtype, torch.float32)
-    return grad_x, *(value.to(computed) for value in grads)
+    return x, weight.to(computed), bias.to(computed)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, multiprocessors
 
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 4096, 2048
 """Of a tile."""
@@ -123,6 +123,7 @@ def layer_norm_backward(
 
 
 def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Launch:
+    """Leaves `y`, `mean` and `rstd`."""
     shape = _shape(x, FORWARD_ELEMENTS)
     outputs = {"y": torch.empty_like(x, dtype=dtype)} | {
         name: x.new_empty(len(x), dtype=torch.float32) for name in ("mean", "rstd")
@@ -132,8 +133,9 @@ def forward_launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bo
 
 
 def backward_launch(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Launch:
+    """Leaves `grad_x`, and `shares` [programs, 2, C] of the gradients of weight and bias."""
     shape = _shape(x, BACKWARD_ELEMENTS)
-    most = _multiprocessors(x) * PROGRAMS_OF_A_MULTIPROCESSOR
+    most = multiprocessors(x) * PROGRAMS_OF_A_MULTIPROCESSOR
     programs = min(most, triton.cdiv(len(x), shape["ROWS"]))
     inputs = {"grad": grad, "x": x, "weight": weight, "bias": bias, "eps": eps, "GELU": gelu}
     shares = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
@@ -143,7 +145,3 @@ def backward_launch(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: 
 def _shape(x: Tensor, elements: int) -> dict[str, int]:
     columns = triton.next_power_of_2(x.shape[1])
     return {"rows": len(x), "COUNT": x.shape[1], "COLUMNS": columns, "ROWS": max(1, elements // columns)}
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, multiprocessors
 from .triton_kernels import (
     combine_kernel,
     forward_kernel,
@@ -159,18 +159,18 @@ def _inputs(
 ) -> tuple[dict, list[Launch]]:
     """Arguments of all kernels that work on scores, and the launches that rotate q and k for them."""
     width = max(32, triton.next_power_of_2(q.shape[2]))
-    tables = {name: _widened(table, width // 2).contiguous() for name, table in (("cos", cos), ("sin", sin))}
-    launches = []
-    for x, rotated in ((q, q.shape[1]), (k, k.shape[1] - num_unrotated)):
-        out = x.new_empty((*x.shape[:2], width))
-        settings = tables | {"out": out, "rotated": rotated, "positions": len(cos), "D": width}
-        launches.append(_rotation(_widened(x, width), settings, 1.0))
     value_width = max(16, triton.next_power_of_2(v.shape[2]))
     if max(width, value_width) > 256:
         raise ValueError(
             f"the Triton kernels take queries, keys and values up to 256 wide, not {width} and {value_width}: use "
             "backend='reference'"
         )
+    tables = {name: _widened(table, width // 2).contiguous() for name, table in (("cos", cos), ("sin", sin))}
+    launches = []
+    for x, rotated in ((q, q.shape[1]), (k, k.shape[1] - num_unrotated)):
+        out = x.new_empty((*x.shape[:2], width))
+        settings = tables | {"out": out, "rotated": rotated, "positions": len(cos), "D": width}
+        launches.append(_rotation(_widened(x, width), settings, 1.0))
     v = _rows_of_neighbors(_widened(v, value_width))
     arguments = {
         "q": launches[0].arguments["out"],
@@ -234,14 +234,10 @@ def _blocks(table: dict[tuple[int, bool], Blocks], arguments: dict, capability: 
 
 
 def _parts(programs: int, arguments: dict, block: Blocks) -> int:
-    """Of the keys, so that the programs fill all rounds of all multiprocessors as well as they can."""
-    slots = _multiprocessors(arguments["q"]) * (8 // block.warps)
+    """Of the keys (the splits of Flash-Decoding), so that programs fill all rounds of all multiprocessors best."""
+    slots = multiprocessors(arguments["q"]) * (8 // block.warps)
     most = min(MOST_PARTS, arguments["keys"] // KEYS_OF_A_PART)
     return min(range(1, max(1, most) + 1), key=lambda parts: triton.cdiv(programs * parts, slots) / parts)
-
-
-def _multiprocessors(tensor: Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 def _launch(kernel, n: int, parts: int, arguments: dict, block: Blocks) -> Launch:

@@ -69,7 +69,7 @@ class Geometry:
     mosaic: Mosaic | None = None
     """`target` and `matrix` lead to a cell of S/2 then."""
 
-    @cached_property
+    @property
     def cell(self) -> Geometry:
         """The map onto one cell of the mosaic, or this one where there is none."""
         return replace(self, side=self.side // 2, mosaic=None) if self.mosaic else self

@@ -60,7 +60,7 @@ def zero_total(x: Tensor) -> Tensor:
 def with_gradient(total: Tensor | None, chunk: slice, value: Tensor, x: Tensor, count: int) -> Tensor:
     """The gradient of x with that of a chunk of `count` objects: stored, or added up where x has one row for all."""
     if len(x) == 1:
-        total += value.sum(0, keepdim=True, dtype=total.dtype) if len(value) > 1 else value
+        total += value if len(value) == 1 else value.sum(0, keepdim=True, dtype=total.dtype)
         return total
     return with_part(total, chunk, value, count)
 
@@ -182,7 +182,7 @@ class _AttendToTokens(torch.autograd.Function):
                 grad_bias += grads[1]
                 grad_out = grad_sum.to(keys.dtype)
                 grad_values = with_part(grad_values, chunk, weights.mT @ grad_out, count)
-                by_head = (weights.shape[0], weights.shape[1], ctx.num_heads, -1)
+                by_head = (*weights.shape[:2], ctx.num_heads, weights.shape[2] // ctx.num_heads)
                 grad_scores = _softmax_backward((grad_out @ values[chunk].mT).view(by_head), weights.view(by_head))
                 grad_scores = grad_scores.flatten(2)
                 grad_keys = with_part(grad_keys, chunk, grad_scores.mT @ placed, count)
@@ -198,7 +198,7 @@ def _sum_tokens(
     """Attention weights [n, hw, M] of a chunk and the image plus the values they sum [n, hw, C]."""
     keys = keys[chunk]
     scores = torch.baddbmm(offsets[chunk].unsqueeze(1), placed.expand(len(keys), -1, -1), keys.mT)
-    weights = scores.unflatten(2, (num_heads, -1)).softmax(-1).flatten(2)
+    weights = scores.unflatten(2, (num_heads, scores.shape[2] // num_heads)).softmax(-1).flatten(2)
     return weights, part(image, chunk) + weights @ values[chunk]
 
 

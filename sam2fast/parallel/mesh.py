@@ -81,14 +81,14 @@ class Ranks:
         because ranks at work say so all the time."""
         over, crashed = threading.Event(), False
 
-        def tell() -> None:
+        def tell() -> list[str]:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # of this thread
             while True:
                 busy = not over.wait(_STILL_BUSY)
                 states = self.gather("busy" if busy else "crashed" if crashed else "done")
                 if "busy" not in states or "crashed" in states:
-                    return
+                    return states
 
         with ThreadPoolExecutor(1) as pool:
             telling = pool.submit(tell)
@@ -99,7 +99,8 @@ class Ranks:
                 raise
             finally:
                 over.set()
-        telling.result()
+        if "crashed" in telling.result():  # that rank says why; nobody would answer the next collective
+            raise SystemExit(1)
 
     def gather(self, value: Any) -> list[Any]:
         """Picklable `value` of every rank, in rank order, on every rank."""

@@ -26,8 +26,8 @@ STACK = {
     ("query_gradient", 80, 256): 384,
     ("combine", 80, 256): 16,
 }
-"""Bytes of spilled registers of a thread. On an H100 blocks without any were slower; for an A100 there are none at 256
-channels of values, which only self-attention has."""
+"""Bytes of a thread in local memory, most of them spilled registers. On an H100 blocks without any were slower; for an
+A100 none was found."""
 FIRST_FACTOR = "0x7feb352d"
 """Of the hash that draws what is dropped."""
 

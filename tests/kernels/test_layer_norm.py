@@ -63,9 +63,17 @@ def test_half_precision(dtype, backend, gelu, poison_empty):
     grads = layer_norm_backward(
         grad.to(dtype), x, weight, bias, EPS, gelu=gelu, statistics=(mean, rstd), backend=backend
     )
-    assert y.dtype == grads[0].dtype == dtype and grads[1].dtype == grads[2].dtype == torch.float32
+    assert y.dtype == grads[0].dtype == dtype
+    assert all(value.dtype == torch.float32 for value in (mean, rstd, *grads[1:]))
     for found, want in zip((y, *grads), exact(x, weight, bias, grad.to(dtype), gelu), strict=True):
         assert_near(found, want, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_more_precise_than_rows(backend):
+    x, weight, bias, grad = case(9, 64, dtype=torch.bfloat16)
+    y = layer_norm(x, weight, bias, EPS, dtype=torch.float32, backend=backend)
+    assert_near(y, exact(x, weight, bias, grad, False)[0], 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -120,6 +120,14 @@ def test_blocks_of_gpus(capability, dv, poison_empty, monkeypatch):
     check(*case(n=1, queries=130, keys=131, dv=dv, positions=50), num_unrotated=7, dropout=0.3)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("keys", [33, 131])
+def test_keys_in_parts(keys, parts, poison_empty, monkeypatch):
+    """As many objects need on a GPU: parts that end inside of a block, and parts without keys."""
+    monkeypatch.setattr(kernels, "_parts", lambda *_: parts)
+    check(*case(queries=40, keys=keys, positions=20), num_unrotated=7, dropout=0.3)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, -1])
 def test_drops_what_the_reference_drops(seed):
     """With the identity as values, the output is the dropped weights themselves."""
