@@ -54,7 +54,7 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
     except ValidationError as error:
         items = error.errors()
         # A list whose entries failed is also reported as too short; the entries say more.
-        lines = [_explain(item) for item in items if item["type"] != "too_short" or len(items) == 1]
+        lines = [_explain(item) for item in items if item["type"] != "too_short" or not _has_entries(item, items)]
         raise ConfigError(f"{source}: " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
@@ -109,6 +109,12 @@ def _list_index(node: Any, part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
         raise ConfigError(f"override {key!r}: {part!r} is not an index of a list of {len(node)} (0 to {len(node) - 1})")
     return int(part)
+
+
+def _has_entries(item: dict[str, Any], items: list[dict[str, Any]]) -> bool:
+    """Whether others are about entries of what `item` is about."""
+    loc = item["loc"]
+    return any(len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in items)
 
 
 def _explain(item: dict[str, Any]) -> str:

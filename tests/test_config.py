@@ -65,6 +65,7 @@ def test_overrides_interpolation_and_round_trip(minimal: Path, tmp_path: Path) -
         ("stages.0.data.0.stride=[3, 1]", "stride"),
         ("stages.1.steps=2", "'1' is not an index of a list of 1"),
         ("stages=[]", "stages"),
+        ("stages.0.data=[]", "stages.0.data: Tuple should have at least 1 item"),
         ("--verbose", "write key=value"),
     ],
 )

@@ -318,3 +318,39 @@ def test_one_error_is_not_several(data, tmp_path, capsys):
     cut(next((data / "sa1b").rglob("*.jpg")))
     check(data / "sa1b", tmp_path / "out")
     assert "all of this, 1 error and 0 warnings" in capsys.readouterr().out
+
+
+def test_what_coco_lists_twice_or_not_at_all(data, tmp_path):
+    path = next((data / "coco").rglob("instances*.json"))
+    content = json.loads(path.read_text())
+    content["annotations"][0]["image_id"] = 99999
+    content["images"].append(dict(content["images"][1]))
+    path.write_text(json.dumps(content))
+    _, report = check(data / "coco", tmp_path / "out")
+    kinds = {defect["kind"] for defect in report["defects"] if defect["is_warning"]}
+    assert kinds >= {"images that are listed twice", "annotations of no image"}
+    assert "99999" in reasons(report, warnings=True)[""]
+
+
+def test_images_without_objects_are_nothing_to_train_on(data, tmp_path, capsys):
+    for path in (data / "sa1b").rglob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    check(data / "sa1b", tmp_path / "out")
+    assert "nothing to train on" in capsys.readouterr().out
+
+
+def test_tars_that_are_cut_off(data, tmp_path, capsys):
+    """Beside a whole one, and alone."""
+    images = sorted((data / "sa1b").rglob("sa_*.*"))
+    (tmp_path / "tars").mkdir()
+    for name, members in (("a", images[:4]), ("b", images[4:])):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for member in members:
+                tar.add(member, member.name)
+    broken = tmp_path / "tars" / "b.tar"
+    broken.write_bytes(broken.read_bytes()[:700])
+    _, report = check(tmp_path / "tars", tmp_path / "out")
+    assert "files that cannot be read: cannot read" in reasons(report)[""] and "b.tar" in reasons(report)[""]
+    (tmp_path / "tars" / "a.tar").unlink()
+    assert cli.main(["check-data", str(tmp_path / "tars"), "--out", str(tmp_path / "out")]) == 2
+    assert "b.tar" in capsys.readouterr().err

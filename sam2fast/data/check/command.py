@@ -91,6 +91,7 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
     except OSError as error:
         raise DataError(f"cannot write the folder {out}: {error.strerror}; choose another --out") from None
     with collecting() as notes, _own_words():
+        notes.kind = "files that cannot be read"
         dataset = open_dataset(config, name, _SEED)
     summary = Summary(config, total=len(dataset), defects=notes.defects)
     order = np.random.default_rng(_SEED).permutation(len(dataset))[:limit]

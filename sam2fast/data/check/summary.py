@@ -27,6 +27,8 @@ class Summary:
     checked: int = 0
     sound: int = 0
     """Items without an error."""
+    usable: int = 0
+    """Of them, those in which an object is visible."""
     frames: int = 0
     annotated: int = 0
     masks: int = 0
@@ -60,6 +62,7 @@ class Summary:
     def add(self, report: ItemReport) -> None:
         self.checked += 1
         self.sound += report.is_sound
+        self.usable += report.is_sound and any(report.objects)
         self.defects += report.defects
         if report.size is None:
             return

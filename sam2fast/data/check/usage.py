@@ -19,7 +19,7 @@ def config_lines(summary: Summary, name: str) -> str:
     half of the videos are shorter than that, the largest length that half of them have.
     """
     frames, excluded = _clip_length(summary), unusable(summary)
-    if summary.sound <= len(summary.short.keys() & set(excluded) - _broken(summary)):
+    if not summary.usable or summary.sound <= len(summary.short.keys() & set(excluded) - _broken(summary)):
         return ""
     dataset: dict[str, Any] = {"format": summary.config.format, "root": summary.config.root}
     for key in ("annotations", "sav_annotations"):

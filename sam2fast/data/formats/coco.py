@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
-from ..defects import report, tolerated
+from ..defects import note_warning, report, tolerated
 from ..files import (
     IMAGE_SUFFIXES,
     Packed,
@@ -153,6 +153,23 @@ def _find_json(config: DatasetConfig, name: str) -> Path:
     return found[0]
 
 
+def _note_strays(content: dict[str, Any], objects: Mapping[int, list], path: Path) -> None:
+    """Warn of annotations without an image, and of images that are listed twice."""
+    listed = Counter(str(Path(image["file_name"]).with_suffix("")) for image in content["images"])
+    for image, count in listed.items():
+        if count > 1:
+            note_warning(
+                "images that are listed twice", {image: f"{path} lists {image} {count} times; the last counts"}
+            )
+    strays = objects.keys() - {image["id"] for image in content["images"]}
+    if strays:
+        count = sum(len(objects[image_id]) for image_id in strays)
+        example = shorten(sorted(map(str, strays)))
+        note_warning(
+            "annotations of no image", f"{path}: {count} annotations of images that it does not list: {example}"
+        )
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """Image name (its file name without suffix) -> file_name, id, height, width and objects (id, segmentation)."""
     content = parse_json(read_bytes(path), path)
@@ -161,6 +178,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd"):
                 objects[annotation["image_id"]].append((annotation["id"], annotation.get("segmentation")))
+        _note_strays(content, objects, path)
         images = {
             str(Path(image["file_name"]).with_suffix("")): {
                 "file_name": image["file_name"],
@@ -174,8 +192,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a COCO instances file: {type(error).__name__} {error} in `images` or "
-            "`annotations`; set `annotations` to the right JSON"
+            f"{path} is not a COCO instances file: {_brief(error)} in `images` or `annotations`; set `annotations` to "
+            "the right JSON"
         ) from None
     if not images:
         raise DataError(
@@ -183,3 +201,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             "annotations); set `annotations` to an instances JSON with segmentations"
         )
     return images
+
+
+def _brief(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)

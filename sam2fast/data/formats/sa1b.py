@@ -215,6 +215,9 @@ def _without_mates(
             f"{annotations.path(0, containers)} needs {annotations.names[0].decode()}.jpg in {config.root}; correct "
             "its `root`"
         )
+    for folder, files in list_files(Path(config.root), (".tar",)):
+        for file in files:
+            _read_tar(folder / file)  # says which one cannot be read
     return DataError(
         f"dataset {name!r}: {config.root} holds no images and no JSON files; expected NAME.jpg with NAME.json each, or "
         ".tar files of them (not compressed)"
