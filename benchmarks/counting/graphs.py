@@ -24,6 +24,7 @@ from sam2fast.data.sample import Batch, PackedBatch
 from sam2fast.optim import build_groups
 from sam2fast.parallel import GraphedSteps, Ranks
 from sam2fast.parallel.ddp import TorchEngine
+from sam2fast.stopping import StopRequest
 from sam2fast.telemetry.meters import Meters
 
 from .counter import StepCounter, Tally
@@ -124,7 +125,10 @@ def _trainer(setup: Setup, frames: int) -> trainer.StageTrainer:
     optim, ranks = config.stages[0].optim, Ranks(0, RANKS, 0, torch.device("cuda"))
     engine = TorchEngine(optim, ranks, model, build_groups(model, optim), config.precision)
     telemetry = trainer.Telemetry(Meters(), None, None, None, dict, print)
-    return trainer.StageTrainer(config, RunState(), engine, [], [], ranks, None, telemetry, dict, BadRecords({}, 0))
+    stop = StopRequest(Ranks(0, 1, 0, ranks.device), 1.0)  # asked between steps, which nobody counts
+    return trainer.StageTrainer(
+        config, RunState(), engine, [], [], ranks, None, telemetry, dict, BadRecords({}, 0), stop
+    )
 
 
 @contextmanager
