@@ -67,6 +67,17 @@ void for_each_index(int64_t count, const Make& make) {
   if (failure) std::rethrow_exception(failure);
 }
 
+// The same for rows, of which a thread takes `together` at a time.
+template <typename Make>
+void for_each_row(int64_t rows, int64_t together, const Make& make) {
+  for_each_index((rows + together - 1) / together, [&] {
+    return [&, work = make()](int64_t chunk) mutable {
+      const int64_t last = std::min((chunk + 1) * together, rows);
+      for (int64_t row = chunk * together; row < last; ++row) work(row);
+    };
+  });
+}
+
 // The same for the bands.
 template <typename Make>
 void for_each_band(const Bands& bands, const Make& make) {

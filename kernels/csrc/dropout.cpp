@@ -48,15 +48,12 @@ Tensor compute_rows(const Tensor& shape, ScalarType dtype, const Make& make) {
   Tensor result = torch::stable::new_empty(shape, {rows, width}, dtype);
   auto* data = static_cast<char*>(result.mutable_data_ptr());
   const Format format = format_of(dtype);
-  for_each_index((rows + kRowsOfThread - 1) / kRowsOfThread, [&] {
-    return [&, body = make(), row = std::vector<float>(width)](int64_t chunk) mutable {
-      const int64_t last = std::min((chunk + 1) * kRowsOfThread, rows);
-      for (int64_t index = chunk * kRowsOfThread; index < last; ++index) {
-        char* target = data + index * width * bytes_of(format);
-        float* out = format == Format::float32 ? reinterpret_cast<float*>(target) : row.data();
-        body(index, out);
-        if (format != Format::float32) row_loops().store(out, width, format, target);
-      }
+  for_each_row(rows, kRowsOfThread, [&] {
+    return [&, body = make(), row = std::vector<float>(width)](int64_t index) mutable {
+      char* target = data + index * width * bytes_of(format);
+      float* out = format == Format::float32 ? reinterpret_cast<float*>(target) : row.data();
+      body(index, out);
+      if (format != Format::float32) row_loops().store(out, width, format, target);
     };
   });
   return result;

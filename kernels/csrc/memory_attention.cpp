@@ -17,17 +17,6 @@ namespace {
 
 constexpr int64_t kRowsOfThread = 8;  // handed out at a time
 
-// body(row) for every row below `count`.
-template <typename Body>
-void for_each_row(int64_t count, const Body& body) {
-  for_each_index((count + kRowsOfThread - 1) / kRowsOfThread, [&] {
-    return [&](int64_t chunk) {
-      const int64_t last = std::min((chunk + 1) * kRowsOfThread, count);
-      for (int64_t row = chunk * kRowsOfThread; row < last; ++row) body(row);
-    };
-  });
-}
-
 void check_vector(const Tensor& vector, int64_t rows) {
   STD_TORCH_CHECK(
       vector.dim() == 1 && vector.size(0) == rows && (rows < 2 || vector.stride(0) == 1) &&
@@ -60,26 +49,23 @@ Tensor rotate_rows(
   const Format from = format_of(x.scalar_type()), to = format_of(dtype);
   const int64_t row_stride = x.stride(0) * bytes_of(from), stride = x.stride(1);
   const auto factor = static_cast<float>(scale);
-  for_each_index((rows + kRowsOfThread - 1) / kRowsOfThread, [&] {
+  for_each_row(rows, kRowsOfThread, [&] {
     return [&, row_in = std::vector<float>(width), row_out = std::vector<float>(width),
             still = std::vector<float>(width / 2), ones = std::vector<float>(width / 2, 1.0f),
-            turn = std::vector<float>(width / 2)](int64_t chunk) mutable {
-      const int64_t last = std::min((chunk + 1) * kRowsOfThread, rows);
-      for (int64_t row = chunk * kRowsOfThread; row < last; ++row) {
-        row_loops().load(source + row * row_stride, from, stride, width, row_in.data());
-        const float* c = ones.data();
-        const float* s = still.data();
-        if (row < placed) {
-          c = cosines + row % angles * (width / 2);
-          s = sines + row % angles * (width / 2);
-          if (inverse) {
-            for (int64_t i = 0; i < width / 2; ++i) turn[i] = -s[i];
-            s = turn.data();
-          }
+            turn = std::vector<float>(width / 2)](int64_t row) mutable {
+      row_loops().load(source + row * row_stride, from, stride, width, row_in.data());
+      const float* c = ones.data();
+      const float* s = still.data();
+      if (row < placed) {
+        c = cosines + row % angles * (width / 2);
+        s = sines + row % angles * (width / 2);
+        if (inverse) {
+          for (int64_t i = 0; i < width / 2; ++i) turn[i] = -s[i];
+          s = turn.data();
         }
-        dense_loops().rotate(row_in.data(), c, s, width / 2, factor, row_out.data());
-        row_loops().store(row_out.data(), width, to, out + row * width * bytes_of(to));
       }
+      dense_loops().rotate(row_in.data(), c, s, width / 2, factor, row_out.data());
+      row_loops().store(row_out.data(), width, to, out + row * width * bytes_of(to));
     };
   });
   return result;
@@ -94,10 +80,12 @@ void attention_weights(Tensor scores, Tensor seed, int64_t first, double dropout
   auto* data = static_cast<float*>(scores.mutable_data_ptr());
   auto* lses = static_cast<float*>(lse.mutable_data_ptr());
   auto* sums = static_cast<float*>(row_sum.mutable_data_ptr());
-  for_each_row(scores.size(0), [&](int64_t row) {
-    const WeightSums found = dense_loops().weigh(data + row * keys, keys, rows.row(first + row));
-    lses[row] = found.lse;
-    sums[row] = found.dropped;
+  for_each_row(scores.size(0), kRowsOfThread, [&] {
+    return [&](int64_t row) {
+      const WeightSums found = dense_loops().weigh(data + row * keys, keys, rows.row(first + row));
+      lses[row] = found.lse;
+      sums[row] = found.dropped;
+    };
   });
 }
 
@@ -117,10 +105,12 @@ void attention_slopes(
   const auto* lses = static_cast<const float*>(lse.const_data_ptr());
   const auto* deltas = static_cast<const float*>(delta.const_data_ptr());
   const auto* row_gradients = static_cast<const float*>(grad_row_sum.const_data_ptr());
-  for_each_row(scores.size(0), [&](int64_t row) {
-    dense_loops().slope(
-        data + row * keys, gradients + row * keys, keys, lses[row], deltas[row], row_gradients[row],
-        rows.row(first + row));
+  for_each_row(scores.size(0), kRowsOfThread, [&] {
+    return [&](int64_t row) {
+      dense_loops().slope(
+          data + row * keys, gradients + row * keys, keys, lses[row], deltas[row], row_gradients[row],
+          rows.row(first + row));
+    };
   });
 }
 

@@ -76,6 +76,19 @@ void pack(const uint8_t* rgb, int64_t width, uint32_t* words) {
 
 SAM2FAST_INLINE Halves twice(Int weight) { return reinterpret_cast<Halves>(weight | weight << 16); }
 
+// Color maps of channels in 1/256, with the 1/2 that rounds.
+SAM2FAST_INLINE void scale_colors(const float* color, float (&scaled)[12]) {
+  for (int i = 0; i < 12; ++i) scaled[i] = i % 4 == 3 ? color[i] + 0.5f : color[i] * (1.0f / 256.0f);
+}
+
+// A block of channels as bytes; apart from `map_channel`, since compilers take vectors apart that are converted one at
+// a time.
+SAM2FAST_INLINE void narrow(const int32_t (&channels)[3][kBlock], int64_t size, uint8_t* const (&out)[3]) {
+  for (int c = 0; c < 3; ++c) {
+    for (int64_t i = 0; i < size; ++i) out[c][i] = static_cast<uint8_t>(channels[c][i]);
+  }
+}
+
 SAM2FAST_INLINE void map_channel(const float* color, Float red, Float green, Float blue, int32_t* out) {
   Float value = red * color[0] + green * color[1] + blue * color[2] + color[3];
   value = value > 0.0f ? value : Float{};
@@ -89,8 +102,8 @@ void sample(
   Block block;
   alignas(64) uint64_t top[kBlock], bottom[kBlock];
   alignas(64) int32_t channels[3][kBlock];
-  float scaled[12];  // of channels in 1/256, with the 1/2 that rounds
-  for (int i = 0; i < 12; ++i) scaled[i] = i % 4 == 3 ? color[i] + 0.5f : color[i] * (1.0f / 256.0f);
+  float scaled[12];
+  scale_colors(color, scaled);
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t size = count - first < kBlock ? count - first : kBlock;
     locate_block(source, line, first, size, block);
@@ -118,20 +131,15 @@ void sample(
       const Float g = to_float(reinterpret_cast<Int>(only_green));
       for (int c = 0; c < 3; ++c) map_channel(scaled + 4 * c, r, g, b, channels[c] + i);
     }
-    // Narrowed here, where compilers know how: they take vectors apart that are converted one at a time.
-    uint8_t* const out[3] = {red + first, green + first, blue + first};
-    for (int c = 0; c < 3; ++c) {
-      for (int64_t i = 0; i < size; ++i) out[c][i] = static_cast<uint8_t>(channels[c][i]);
-    }
+    narrow(channels, size, {red + first, green + first, blue + first});
   }
 }
 
-void locate_columns(const Line& line, int64_t width, int64_t count, int32_t* place, int32_t* right) {
+void locate_axis(const Line& line, int64_t size, int64_t count, int32_t* place, int32_t* next) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Int x = locate(line.x, line.dx, indices(i), width);
-    const int lanes = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
-    store(x >> 8, place + i, lanes);
-    store(x & 255, right + i, lanes);
+    const Int x = locate(line.x, line.dx, indices(i), size);
+    store(x >> 8, place + i, count - i);
+    store(x & 255, next + i, count - i);
   }
 }
 
@@ -150,8 +158,8 @@ void blend(
     const uint32_t* const (&red_blue)[2], const uint32_t* const (&green)[2], float below, const float* color,
     int64_t count, uint8_t* red, uint8_t* green_plane, uint8_t* blue) {
   alignas(64) int32_t channels[3][kBlock];
-  float scaled[12];  // see `sample`
-  for (int i = 0; i < 12; ++i) scaled[i] = i % 4 == 3 ? color[i] + 0.5f : color[i] * (1.0f / 256.0f);
+  float scaled[12];
+  scale_colors(color, scaled);
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t size = count - first < kBlock ? count - first : kBlock;
     for (int64_t i = 0; i < size; i += kLanes) {
@@ -166,10 +174,7 @@ void blend(
       for (int c = 0; c < 3; ++c) mixed[c] = sums[0][c] + (sums[1][c] - sums[0][c]) * below;
       for (int c = 0; c < 3; ++c) map_channel(scaled + 4 * c, mixed[0], mixed[1], mixed[2], channels[c] + i);
     }
-    uint8_t* const out[3] = {red + first, green_plane + first, blue + first};
-    for (int c = 0; c < 3; ++c) {
-      for (int64_t i = 0; i < size; ++i) out[c][i] = static_cast<uint8_t>(channels[c][i]);
-    }
+    narrow(channels, size, {red + first, green_plane + first, blue + first});
   }
 }
 
@@ -213,6 +218,6 @@ void extract(const uint8_t* codes, int bit, int64_t count, uint8_t* out) {
 }  // namespace
 
 extern const PixelLoops kPixelLoops;
-const PixelLoops kPixelLoops = {pack, sample, locate_columns, stretch, blend, join, vote, extract};
+const PixelLoops kPixelLoops = {pack, sample, locate_axis, stretch, blend, join, vote, extract};
 
 }  // namespace sam2fast::SAM2FAST_ISA

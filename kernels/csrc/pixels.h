@@ -27,8 +27,8 @@ struct PixelLoops {
   void (*sample)(
       const Source<uint32_t>& source, const Line& line, const float* color, int64_t count, uint8_t* red,
       uint8_t* green, uint8_t* blue);
-  // Of output pixels along a row: the source pixel left of each, and the weight of the one right of it in 1/256.
-  void (*locate_columns)(const Line& line, int64_t width, int64_t count, int32_t* place, int32_t* right);
+  // Of pixels along `line.x`: the one of `size` source pixels before each, and the weight of the next one in 1/256.
+  void (*locate_axis)(const Line& line, int64_t size, int64_t count, int32_t* place, int32_t* next);
   // A row of the source at these places, in 1/256: red in the lower and blue in the upper half of a word, and green.
   void (*stretch)(
       const uint32_t* row, const int32_t* place, const int32_t* right, int64_t count, uint32_t* red_blue,

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -44,17 +45,8 @@ struct Affine {
     int64_t begin, end;
   };
   Span inside(int64_t y, int64_t side, const double (&low)[2], const double (&high)[2]) const {
-    return inside(y, side, low, high, 2);
-  }
-  // The same of any row, as far as columns decide it.
-  Span columns(int64_t side, double low, double high) const {
-    return inside(0, side, {low, 0}, {high, 0}, 1);
-  }
-
- private:
-  Span inside(int64_t y, int64_t side, const double (&low)[2], const double (&high)[2], int axes) const {
     double begin = 0, end = static_cast<double>(side);
-    for (int axis = 0; axis < axes; ++axis) {
+    for (int axis = 0; axis < 2; ++axis) {
       const double slope = m[3 * axis], start = m[3 * axis + 1] * static_cast<double>(y) + m[3 * axis + 2];
       if (slope == 0) {
         if (!(low[axis] <= start && start < high[axis])) return {0, 0};
@@ -69,7 +61,6 @@ struct Affine {
     return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
   }
 
- public:
   // The row from pixel `begin` on, with coordinates relative to (left, top).
   Line line(int64_t y, int64_t begin, int64_t left, int64_t top) const {
     const double x = static_cast<double>(begin), row = static_cast<double>(y);
@@ -80,26 +71,18 @@ struct Affine {
   }
 };
 
-template <typename Work>
-void for_each_row(int64_t rows, const Work& work) {
-  for_each_index((rows + kRowsOfThread - 1) / kRowsOfThread, [&] {
-    return [&](int64_t chunk) {
-      const int64_t last = std::min((chunk + 1) * kRowsOfThread, rows);
-      for (int64_t row = chunk * kRowsOfThread; row < last; ++row) work(row);
-    };
-  });
-}
-
 // Words of an image uint8 [H, W, 3] with one more row and column, copies of the last.
 class Image {
  public:
   explicit Image(const Tensor& image) : height_(image.size(0)), width_(image.size(1)), words_(size()) {
     const auto* bytes = static_cast<const uint8_t*>(image.const_data_ptr());
     const int64_t stride = width_ + 1;
-    for_each_row(height_, [&](int64_t row) {
-      uint32_t* words = words_.data() + row * stride;
-      pixel_loops().pack(bytes + row * image.stride(0), width_, words);
-      words[width_] = words[width_ - 1];
+    for_each_row(height_, kRowsOfThread, [&] {
+      return [&](int64_t row) {
+        uint32_t* words = words_.data() + row * stride;
+        pixel_loops().pack(bytes + row * image.stride(0), width_, words);
+        words[width_] = words[width_ - 1];
+      };
     });
     std::copy_n(words_.data() + (height_ - 1) * stride, stride, words_.data() + height_ * stride);
   }
@@ -120,7 +103,7 @@ class Stretched {
     const auto padded = static_cast<size_t>(count_ + kMargin);
     place_.resize(padded);
     right_.resize(padded);
-    pixel_loops().locate_columns(affine.line(0, begin, 0, 0), source.width, count_, place_.data(), right_.data());
+    pixel_loops().locate_axis(affine.line(0, begin, 0, 0), source.width, count_, place_.data(), right_.data());
   }
 
   // What one thread keeps: the last two rows of the source.
@@ -130,20 +113,18 @@ class Stretched {
   };
 
   void write(int64_t y, const float* factors, Kept& kept, uint8_t* red, uint8_t* green, uint8_t* blue) const {
-    const float at = std::max(affine_.line(y, begin_, 0, 0).y * 256.0f + 0.5f, 0.0f);
-    const auto last = static_cast<int64_t>(source_.height - 1) * 256;
-    const int64_t place = at < static_cast<float>(last) ? static_cast<int64_t>(at) : last;
-    const int64_t row = place >> 8;
+    int32_t row, below;
+    pixel_loops().locate_axis({affine_.line(y, begin_, 0, 0).y, 0, 0, 0}, source_.height, 1, &row, &below);
     const uint32_t* red_blue[2];
     const uint32_t* greens[2];
     for (int k = 0; k < 2; ++k) {
-      const int slot = static_cast<int>((row + k) & 1);
+      const int slot = (row + k) & 1;
       stretch(row + k, slot, kept);
       red_blue[k] = kept.red_blue[slot].data();
       greens[k] = kept.green[slot].data();
     }
-    const float below = static_cast<float>(place & 255) * (1.0f / 256.0f);
-    pixel_loops().blend(red_blue, greens, below, factors, count_, red, green, blue);
+    pixel_loops().blend(
+        red_blue, greens, static_cast<float>(below) * (1.0f / 256.0f), factors, count_, red, green, blue);
   }
 
  private:
@@ -185,31 +166,28 @@ void warp_image(Tensor out, Tensor image, Tensor matrix, Tensor color, Tensor fi
   const Source<uint32_t> source = packed.source();
   const double low[2] = {-0.5, -0.5};
   const double high[2] = {static_cast<double>(source.width) - 0.5, static_cast<double>(source.height) - 0.5};
-  const bool straight = affine.m[1] == 0 && affine.m[3] == 0;
   std::optional<Stretched> stretched;
-  if (straight) {
-    const auto [begin, end] = affine.columns(columns, low[0], high[0]);
+  if (affine.m[1] == 0 && affine.m[3] == 0) {
+    // The columns that are inside in any row.
+    constexpr double kFar = std::numeric_limits<double>::infinity();
+    const auto [begin, end] = affine.inside(0, columns, {low[0], -kFar}, {high[0], kFar});
     stretched.emplace(source, affine, begin, end);
   }
-  for_each_index((rows + kRowsOfThread - 1) / kRowsOfThread, [&] {
-    return [&, kept = Stretched::Kept()](int64_t chunk) mutable {
-      const int64_t last = std::min((chunk + 1) * kRowsOfThread, rows);
-      for (int64_t y = chunk * kRowsOfThread; y < last; ++y) {
-        const auto [begin, end] = affine.inside(y, columns, low, high);
-        uint8_t* row[3];
-        for (int c = 0; c < 3; ++c) {
-          row[c] = planes + (c * rows + y) * columns;
-          std::memset(row[c], outside[c], static_cast<size_t>(begin));
-          std::memset(row[c] + end, outside[c], static_cast<size_t>(columns - end));
-          row[c] += begin;
-        }
-        if (begin == end) continue;
-        if (straight) {
-          stretched->write(y, factors, kept, row[0], row[1], row[2]);
-        } else {
-          pixel_loops().sample(
-              source, affine.line(y, begin, 0, 0), factors, end - begin, row[0], row[1], row[2]);
-        }
+  for_each_row(rows, kRowsOfThread, [&] {
+    return [&, kept = Stretched::Kept()](int64_t y) mutable {
+      const auto [begin, end] = affine.inside(y, columns, low, high);
+      uint8_t* row[3];
+      for (int c = 0; c < 3; ++c) {
+        row[c] = planes + (c * rows + y) * columns;
+        std::memset(row[c], outside[c], static_cast<size_t>(begin));
+        std::memset(row[c] + end, outside[c], static_cast<size_t>(columns - end));
+        row[c] += begin;
+      }
+      if (begin == end) return;
+      if (stretched) {
+        stretched->write(y, factors, kept, row[0], row[1], row[2]);
+      } else {
+        pixel_loops().sample(source, affine.line(y, begin, 0, 0), factors, end - begin, row[0], row[1], row[2]);
       }
     };
   });
@@ -296,19 +274,15 @@ void warp_masks(Tensor out, Tensor codes, Tensor matrix) {
   const Source<uint8_t> source = cut.source();
   double low[2], high[2];
   cut.limits(low, high);
-  for_each_index((rows + kRowsOfThread - 1) / kRowsOfThread, [&] {
-    return [&, line = std::vector<uint8_t>(static_cast<size_t>(columns))](int64_t chunk) mutable {
-      const int64_t last = std::min((chunk + 1) * kRowsOfThread, rows);
-      for (int64_t y = chunk * kRowsOfThread; y < last; ++y) {
-        const auto [begin, end] = affine.inside(y, columns, low, high);
-        pixel_loops().vote(
-            source, cut.cells(), affine.line(y, begin, cut.left(), cut.top()), end - begin, line.data());
-        for (int64_t n = 0; n < objects; ++n) {
-          uint8_t* row = planes + (n * rows + y) * columns;
-          std::memset(row, 0, static_cast<size_t>(begin));
-          pixel_loops().extract(line.data(), static_cast<int>(n), end - begin, row + begin);
-          std::memset(row + end, 0, static_cast<size_t>(columns - end));
-        }
+  for_each_row(rows, kRowsOfThread, [&] {
+    return [&, line = std::vector<uint8_t>(static_cast<size_t>(columns))](int64_t y) mutable {
+      const auto [begin, end] = affine.inside(y, columns, low, high);
+      pixel_loops().vote(source, cut.cells(), affine.line(y, begin, cut.left(), cut.top()), end - begin, line.data());
+      for (int64_t n = 0; n < objects; ++n) {
+        uint8_t* row = planes + (n * rows + y) * columns;
+        std::memset(row, 0, static_cast<size_t>(begin));
+        pixel_loops().extract(line.data(), static_cast<int>(n), end - begin, row + begin);
+        std::memset(row + end, 0, static_cast<size_t>(columns - end));
       }
     };
   });
