@@ -35,7 +35,7 @@ def layer_norm(
     Raises:
         ValueError: a shape or dtype that cannot be.
     """
-    return _run(x, weight, bias, eps, gelu, dtype, backend)[0].view(x.shape)
+    return normalize(x, weight, bias, eps, gelu=gelu, dtype=dtype, backend=backend)[0]
 
 
 def normalize(
@@ -50,7 +50,10 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `layer_norm` gives, with the means and reciprocal deviations of the rows [R] that `layer_norm_backward`
     can use: for autograd functions that call both themselves."""
-    y, mean, rstd = _run(x, weight, bias, eps, gelu, dtype, backend)
+    if not x.is_floating_point() or x.dim() < 1 or weight.shape != x.shape[-1:] or bias.shape != weight.shape:
+        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (x, weight, bias))
+        raise ValueError(f"x, weight and bias must be floating point [..., C], [C] and [C], not {shapes}")
+    y, mean, rstd = forward.choose(backend, x)(_rows(x), weight, bias, float(eps), gelu, dtype or x.dtype)
     return y.view(x.shape), mean, rstd
 
 
@@ -75,15 +78,6 @@ def layer_norm_backward(
     run = backward.choose(backend, x)
     grad_x, *grads = run(_rows(grad), _rows(x), mean, rstd, weight, bias, float(eps), gelu)
     return grad_x.view(x.shape), *grads
-
-
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype | None, backend: library.Backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not x.is_floating_point() or x.dim() < 1 or weight.shape != x.shape[-1:] or bias.shape != weight.shape:
-        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (x, weight, bias))
-        raise ValueError(f"x, weight and bias must be floating point [..., C], [C] and [C], not {shapes}")
-    return forward.choose(backend, x)(_rows(x), weight, bias, float(eps), gelu, dtype or x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dropout.triton import random_bits, row_key
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter computes products of bfloat16 tiles from their bits, which is wrong."""
 
-GOLDEN = tl.constexpr(0x9E3779B9)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -109,24 +110,12 @@ def _store(x, start, stride, count, tile, ROWS: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def mix(x):
-    """A permutation of uint32 whose every output bit depends on every input bit."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    x ^= x >> 16
-    return x
-
-
-@triton.jit
 def row_keys(seed, rows):
     """The random bits of a row follow from its key. `rows` are int64, counted over the batch."""
-    value = tl.load(seed)
-    return mix(mix(value.to(tl.uint32) ^ rows.to(tl.uint32)) + (value >> 32).to(tl.uint32))
+    return row_key(tl.load(seed), rows)
 
 
 @triton.jit
 def keep(keys, columns, THRESHOLD: tl.constexpr):
     """Which scores dropout keeps; keys of rows and numbers of columns broadcast."""
-    return mix(keys + columns.to(tl.uint32) * GOLDEN) >= THRESHOLD
+    return random_bits(keys, columns) >= THRESHOLD

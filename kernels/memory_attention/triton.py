@@ -99,7 +99,8 @@ def forward_launches(
     n, queries, _ = q.shape
     width = arguments["DV"]
     block = _blocks(FORWARD, arguments, capability)
-    parts = _parts(n * triton.cdiv(queries, block.queries), arguments, block)
+    blocks = triton.cdiv(queries, block.queries)
+    parts = _parts(n * blocks, arguments, block)
     sums = {
         "result": q.new_empty((parts, n, queries, width), dtype=torch.float32),
         "state": q.new_empty((parts, n, queries, 3), dtype=torch.float32),
@@ -112,7 +113,7 @@ def forward_launches(
     combine = sums | outputs | {"rows": n * queries, "parts": parts, "ROWS": ROWS}
     return [
         *launches,
-        _launch(forward_kernel, n, parts, arguments | sums | {"seed": seed}, block),
+        _launch(forward_kernel, n, blocks, parts, arguments | sums | {"seed": seed}, block),
         Launch(combine_kernel, triton.cdiv(n * queries, ROWS), _taken(combine_kernel, arguments | combine)),
     ]
 
@@ -138,7 +139,8 @@ def gradient_launches(
         "out": _widened(out, value_width), "row_sum": row_sum, "seed": seed, "rows": n * queries, "ROWS": ROWS
     }  # fmt: skip
     block = _blocks(QUERY_GRADIENT, arguments, capability)
-    parts = _parts(n * triton.cdiv(queries, block.queries), arguments, block)
+    blocks = triton.cdiv(queries, block.queries)
+    parts = _parts(n * blocks, arguments, block)
     of_q = {"grad_q": q.new_empty((parts, n, queries, width), dtype=torch.float32)}
     of_k = {"grad_k": k.new_empty((n, keys, width)), "grad_v": v.new_empty((n, keys, value_width))}
     key_block = _blocks(KEY_GRADIENT, arguments, capability)
@@ -147,8 +149,8 @@ def gradient_launches(
     return [
         *launches,
         Launch(row_kernel, triton.cdiv(n * queries, ROWS), _taken(row_kernel, arguments | of_rows)),
-        _launch(query_gradient_kernel, n, parts, arguments | of_q, block),
-        _launch(key_gradient_kernel, n, 1, arguments | of_k, key_block),
+        _launch(query_gradient_kernel, n, blocks, parts, arguments | of_q, block),
+        _launch(key_gradient_kernel, n, triton.cdiv(keys, key_block.keys), 1, arguments | of_k, key_block),
         _rotation(of_q["grad_q"], rotate_q | {"out": q.new_empty((n, queries, width))}, arguments["scale"], back=True),
         _rotation(of_k["grad_k"], rotate_k | {"out": of_k["grad_k"]}, 1.0, back=True),
     ]
@@ -240,10 +242,8 @@ def _parts(programs: int, arguments: dict, block: Blocks) -> int:
     return min(range(1, max(1, most) + 1), key=lambda parts: triton.cdiv(programs * parts, slots) / parts)
 
 
-def _launch(kernel, n: int, parts: int, arguments: dict, block: Blocks) -> Launch:
-    of_queries = kernel is not key_gradient_kernel
-    rows, step = (arguments["queries"], block.queries) if of_queries else (arguments["keys"], block.keys)
-    blocks = triton.cdiv(rows, step)
+def _launch(kernel, n: int, blocks: int, parts: int, arguments: dict, block: Blocks) -> Launch:
+    """Of `blocks` blocks of rows for each batch element and part of the keys."""
     arguments = arguments | {
         "blocks": blocks,
         "parts": parts,
@@ -251,6 +251,7 @@ def _launch(kernel, n: int, parts: int, arguments: dict, block: Blocks) -> Launc
         "QUERIES": block.queries,
         "KEYS": block.keys,
         "HALVES": block.halves,
+        "VALUE_HALVES": block.halves and arguments["DV"] > 64,
     }
     return Launch(kernel, n * blocks * parts, _taken(kernel, arguments), block.warps, block.stages)
 

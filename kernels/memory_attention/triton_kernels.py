@@ -69,17 +69,26 @@ def _place(blocks, parts, chunk, keys, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q_left, q_right, k, v, v_m, start, keys, random, largest, total, kept, left, right, scale,
-    D: tl.constexpr, DV: tl.constexpr, THRESHOLD: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    """One step of the softmax with a running maximum, over `KEYS` keys. Maxima are those of scores to the base 2."""
+def _scores(
+    q_left, q_right, k, start, keys, D: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr, FULL: tl.constexpr
+):
+    """Numbers of `KEYS` keys, their halves, and the unscaled scores of a block of queries; none beyond the last key."""
     columns = start + tl.arange(0, KEYS)
     k_left, k_right = load_halves(k, start, D, keys, KEYS, D, HALVES, FULL)
     scores = inner_products(q_left, q_right, k_left, k_right, HALVES)
     if not FULL:
         scores = tl.where(columns[None, :] < keys, scores, -float("inf"))
+    return columns, k_left, k_right, scores
+
+
+@triton.jit
+def _attend(
+    q_left, q_right, k, v, v_m, start, keys, random, largest, total, kept, left, right, scale,
+    D: tl.constexpr, DV: tl.constexpr, THRESHOLD: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
+    VALUE_HALVES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """One step of the softmax with a running maximum, over `KEYS` keys. Maxima are those of scores to the base 2."""
+    columns, _, _, scores = _scores(q_left, q_right, k, start, keys, D, KEYS, HALVES, FULL)
     larger = tl.maximum(largest, tl.max(scores, 1) * (scale * LOG2_E))
     shrink = tl.exp2(largest - larger)
     p = tl.exp2(scores * (scale * LOG2_E) - larger[:, None])
@@ -87,7 +96,6 @@ def _attend(
     if THRESHOLD:
         p = tl.where(keep(random[:, None], columns[None, :], THRESHOLD), p, 0.0)
         kept = kept * shrink + tl.sum(p, 1)
-    VALUE_HALVES: tl.constexpr = HALVES and DV > 64
     v_left, v_right = load_halves(v, start, v_m, keys, KEYS, DV, VALUE_HALVES, FULL)
     left *= shrink[:, None]
     if VALUE_HALVES:
@@ -100,7 +108,7 @@ def _attend(
 def forward_kernel(
     q, k, v, v_n, v_m, seed, result, state, queries, keys, chunk, blocks, parts, scale,
     D: tl.constexpr, DV: tl.constexpr, THRESHOLD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, VALUE_HALVES: tl.constexpr,
 ):  # fmt: skip
     """Sums over a part of the keys for `QUERIES` rows: result [parts, N, L, DV], and in state [parts, N, L, 3] the
     maximum of the scores to the base 2, the sum of the exponentials above it, and that of the kept ones."""
@@ -113,19 +121,19 @@ def forward_kernel(
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     kept = tl.zeros([QUERIES], tl.float32)
-    left, right = zero_halves(QUERIES, DV, HALVES and DV > 64)
+    left, right = zero_halves(QUERIES, DV, VALUE_HALVES)
     whole = start + (end - start) // KEYS * KEYS
     for at in range(start, whole, KEYS):
         largest, total, kept, left, right = _attend(
             q_left, q_right, k, v, v_m, at, keys, random, largest, total, kept, left, right, scale,
-            D, DV, THRESHOLD, KEYS, HALVES, True,
+            D, DV, THRESHOLD, KEYS, HALVES, VALUE_HALVES, True,
         )  # fmt: skip
     if whole < end:
         largest, total, kept, left, right = _attend(
             q_left, q_right, k, v, v_m, whole, keys, random, largest, total, kept, left, right, scale,
-            D, DV, THRESHOLD, KEYS, HALVES, False,
+            D, DV, THRESHOLD, KEYS, HALVES, VALUE_HALVES, False,
         )  # fmt: skip
-    store_halves(result + place * queries * DV, first, queries, left, right, QUERIES, DV, HALVES and DV > 64)
+    store_halves(result + place * queries * DV, first, queries, left, right, QUERIES, DV, VALUE_HALVES)
     state += (place * queries + rows) * 3
     valid = rows < queries
     tl.store(state, largest, mask=valid)
@@ -185,16 +193,11 @@ def _descend(
     q_left, q_right, k, v, v_m, start, keys, slope_left, slope_right, shift, mean, log_total, random, left, right,
     scale, kept_scale,
     D: tl.constexpr, DV: tl.constexpr, THRESHOLD: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
-    FULL: tl.constexpr,
+    VALUE_HALVES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Adds what `KEYS` keys contribute to the gradient of a block of queries."""
-    columns = start + tl.arange(0, KEYS)
-    k_left, k_right = load_halves(k, start, D, keys, KEYS, D, HALVES, FULL)
-    scores = inner_products(q_left, q_right, k_left, k_right, HALVES)
-    if not FULL:
-        scores = tl.where(columns[None, :] < keys, scores, -float("inf"))
+    columns, k_left, k_right, scores = _scores(q_left, q_right, k, start, keys, D, KEYS, HALVES, FULL)
     p = tl.exp2(scores * (scale * LOG2_E) - log_total[:, None])
-    VALUE_HALVES: tl.constexpr = HALVES and DV > 64
     v_left, v_right = load_halves(v, start, v_m, keys, KEYS, DV, VALUE_HALVES, FULL)
     p_slope = inner_products(slope_left, slope_right, v_left, v_right, VALUE_HALVES) * kept_scale + shift[:, None]
     if THRESHOLD:
@@ -207,7 +210,7 @@ def query_gradient_kernel(
     q, k, v, v_n, v_m, lse, grad_out, delta, offset, random_keys, grad_q,
     queries, keys, chunk, blocks, parts, scale, kept_scale,
     D: tl.constexpr, DV: tl.constexpr, THRESHOLD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, VALUE_HALVES: tl.constexpr,
 ):  # fmt: skip
     """What a part of the keys contributes to `QUERIES` rows of the gradient of rotated q, unscaled: [parts, N, L, D]"""
     n, place, first, start, end = _place(blocks, parts, chunk, keys, QUERIES)
@@ -215,7 +218,7 @@ def query_gradient_kernel(
     numbers = n * queries + rows
     valid = rows < queries
     slope_left, slope_right = load_halves(
-        grad_out + n * queries * DV, first, DV, queries, QUERIES, DV, HALVES and DV > 64
+        grad_out + n * queries * DV, first, DV, queries, QUERIES, DV, VALUE_HALVES
     )  # fmt: skip
     shift = tl.load(offset + numbers, mask=valid, other=0.0)
     mean = tl.load(delta + numbers, mask=valid, other=0.0)
@@ -231,12 +234,12 @@ def query_gradient_kernel(
     for at in range(start, whole, KEYS):
         left, right = _descend(
             q_left, q_right, k, v, v_m, at, keys, slope_left, slope_right, shift, mean, log_total, random, left, right,
-            scale, kept_scale, D, DV, THRESHOLD, KEYS, HALVES, True,
+            scale, kept_scale, D, DV, THRESHOLD, KEYS, HALVES, VALUE_HALVES, True,
         )  # fmt: skip
     if whole < end:
         left, right = _descend(
             q_left, q_right, k, v, v_m, whole, keys, slope_left, slope_right, shift, mean, log_total, random, left,
-            right, scale, kept_scale, D, DV, THRESHOLD, KEYS, HALVES, False,
+            right, scale, kept_scale, D, DV, THRESHOLD, KEYS, HALVES, VALUE_HALVES, False,
         )  # fmt: skip
     store_halves(grad_q + place * queries * D, first, queries, left, right, QUERIES, D, HALVES)
 
@@ -246,13 +249,12 @@ def key_gradient_kernel(
     q, k, v, v_n, v_m, lse, grad_out, delta, offset, random_keys, grad_k, grad_v,
     queries, keys, blocks, scale, kept_scale,
     D: tl.constexpr, DV: tl.constexpr, THRESHOLD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    HALVES: tl.constexpr, FULL: tl.constexpr,
+    HALVES: tl.constexpr, VALUE_HALVES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """`KEYS` rows of the gradients of rotated k and of v. Tiles of scores are transposed: [KEYS, QUERIES]."""
     program = tl.program_id(0)
     n, first = (program // blocks).to(tl.int64), program % blocks * KEYS
     columns = first + tl.arange(0, KEYS)
-    VALUE_HALVES: tl.constexpr = HALVES and DV > 64
     k_left, k_right = load_halves(k + n * keys * D, first, D, keys, KEYS, D, HALVES)
     v_left, v_right = load_halves(v + n * v_n, first, v_m, keys, KEYS, DV, VALUE_HALVES)
     q += n * queries * D
