@@ -179,7 +179,7 @@ class CheckpointStore:
                 break
             damage = _damage(path)
             if not damage:
-                found = path, _state(path)
+                found = path, load_state(path)
                 break
             damaged.append(f"{path} is damaged ({damage})")
         if damaged and found is None and not after:
@@ -234,10 +234,6 @@ def load_state(folder: Path) -> RunState:
     Raises:
         ResumeError: the file is damaged, or of another version.
     """
-    return _state(folder)
-
-
-def _state(folder: Path) -> RunState:
     values = _header(folder).get("state")
     try:
         return RunState(**values | {"entries": [EntryState(**entry) for entry in values["entries"]]})

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from .parallel import Ranks
+from .signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: not done, try again."""
 

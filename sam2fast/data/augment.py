@@ -97,7 +97,7 @@ class Geometry:
             for place, flip in zip(self._cells(), self.mosaic.flips, strict=True):
                 out[:, *place] = cell[..., ::-1] if flip else cell
             return out
-        part, sampling = self._prepare(image, PREFILTER_BELOW if self.matrix is not None else 1.0)
+        part, sampling = self._prepare(image[self.source], PREFILTER_BELOW if self.matrix is not None else 1.0)
         warp_image(*map(torch.from_numpy, (out, part, sampling, colors)), _FILL)
         return out
 
@@ -105,7 +105,7 @@ class Geometry:
         """bool [H, W] of each of N objects, None where one is absent, to [N, S, S], that of `out` where it is given."""
 
         def warp(cell: Geometry, part: slice, target: np.ndarray) -> None:
-            cell._warp(masks[part], target)
+            cell._warp([None if mask is None else mask[cell.source] for mask in masks[part]], target)
 
         return self._place(warp, len(masks), out)
 
@@ -115,7 +115,7 @@ class Geometry:
         """What `masks` makes of `labels == number`, labels uint8 [H, W], None where an object is absent."""
 
         def warp(cell: Geometry, part: slice, target: np.ndarray) -> None:
-            cell._warp_labels(labels, numbers[part], target)
+            cell._warp_labels(labels[cell.source], numbers[part], target)
 
         return self._place(warp, len(numbers), out)
 
@@ -140,6 +140,7 @@ class Geometry:
         return self.masks([mask])[0]
 
     def _warp(self, masks: Sequence[np.ndarray | None], out: np.ndarray) -> None:
+        """Masks of the part that is used, as in `_warp_labels`."""
         codes = None
         for bit, mask in enumerate(masks):
             if mask is None:
@@ -153,8 +154,7 @@ class Geometry:
             warp_masks(*map(torch.from_numpy, (out, codes, sampling)))
 
     def _warp_labels(self, labels: np.ndarray, numbers: Sequence[int | None], out: np.ndarray) -> None:
-        part = labels[self.source]
-        shrunk, sampling = self._sampling(part.shape[:2], MASK_PREFILTER_BELOW)
+        shrunk, sampling = self._sampling(labels.shape, MASK_PREFILTER_BELOW)
         if shrunk:
             self._warp([labels == number if number is not None else None for number in numbers], out)
             return
@@ -162,19 +162,19 @@ class Geometry:
         for bit, number in enumerate(numbers):
             if number is not None:
                 bits[number] |= 1 << bit
-        warp_masks(*map(torch.from_numpy, (out, cv2.LUT(part, bits), sampling)))
+        warp_masks(*map(torch.from_numpy, (out, cv2.LUT(labels, bits), sampling)))
 
     def _cells(self) -> list[tuple[slice, slice]]:
         """Rows and columns of the cells of a mosaic."""
         halves = slice(0, self.side // 2), slice(self.side // 2, self.side)
         return [(rows, columns) for rows in halves for columns in halves]
 
-    def _prepare(self, array: np.ndarray, area_below: float) -> tuple[np.ndarray, np.ndarray]:
-        """The part of an image [H, W, ...] that is sampled, and float64 [2, 3], pixel of the square to pixel of that.
+    def _prepare(self, part: np.ndarray, area_below: float) -> tuple[np.ndarray, np.ndarray]:
+        """What is sampled of the part of an image [H, W, ...] that is used, and float64 [2, 3], pixel of the square to
+        pixel of that.
 
         Axes of fewer than `area_below` target pixels a source pixel are area-averaged to one.
         """
-        part = array[self.source]
         shrunk, sampling = self._sampling(part.shape[:2], area_below)
         return cv2.resize(part, shrunk, interpolation=cv2.INTER_AREA) if shrunk else part, sampling
 

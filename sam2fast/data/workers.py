@@ -16,7 +16,7 @@ import cv2
 
 import sam2fast_kernels
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from ..signals import STOP_SIGNALS
 
 
 def start_fork_server() -> None:
@@ -53,7 +53,7 @@ def start_fork_server() -> None:
 def start_worker(number: int = 0) -> None:
     """Set up a process that decodes, and end it with the one that started it. The DataLoader gives it a number."""
     cv2.setNumThreads(0)  # the processes are the parallelism
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # as the fork server has, in case another started this
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as the fork server has, in case another started this
     threading.Thread(target=_end_with_trainer, daemon=True).start()
     threading.Thread(target=_end_by_trainer, daemon=True).start()
 
@@ -61,7 +61,7 @@ def start_worker(number: int = 0) -> None:
 @contextmanager
 def _blocked_signals() -> Iterator[None]:
     """New processes inherit what is blocked; a signal to this one waits until the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ def _blocked_signals() -> Iterator[None]:
 def _end_by_trainer() -> None:
     """End this process when the trainer itself sends SIGTERM, as it does to workers that do not end in time."""
     trainer = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != trainer:
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != trainer:
         pass
     os._exit(1)
 

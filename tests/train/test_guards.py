@@ -20,22 +20,28 @@ def test_a_run_that_diverges_stops_with_the_step_the_terms_and_the_samples(
     assert done.stdout.count("update skipped") == 3  # each was reported when it happened
 
 
-@pytest.mark.parametrize("patience, expected", [(1, 2), (0, 5)])
-def test_a_stage_ends_when_the_score_stands_still(
-    tmp_path: Path, exact_config: Path, synthetic: Path, patience: int, expected: int
-) -> None:
-    """A learning rate of almost nothing cannot raise J&F: the second validation ends the stage, unless patience is
-    off."""
+@pytest.fixture
+def validated(tmp_path: Path, exact_config: Path) -> Path:
+    """The exact configuration, validated after every step."""
     path = tmp_path / "config.yaml"
     sets = "validation: {every: 1, overlays: 0, sets: [{dataset: held_out, tag: jf, max_frames: 3, max_items: 1}]}\n"
     text = exact_config.read_text().replace(
         "datasets: {videos:", 'datasets: {held_out: {format: video_folder, root: "${data.root}/held_out"}, videos:'
     )
     path.write_text(text + sets)
+    return path
+
+
+@pytest.mark.parametrize("patience, expected", [(1, 2), (0, 5)])
+def test_a_stage_ends_when_the_score_stands_still(
+    tmp_path: Path, validated: Path, synthetic: Path, patience: int, expected: int
+) -> None:
+    """A learning rate of almost nothing cannot raise J&F: the second validation ends the stage, unless patience is
+    off."""
     output = tmp_path / "run"
     done = train(
         FORKED,
-        path,
+        validated,
         synthetic,
         output,
         "stages.0.optim.lr=1e-12",
@@ -49,17 +55,11 @@ def test_a_stage_ends_when_the_score_stands_still(
     assert (output / "export" / "model.pt").is_file()
 
 
-def test_the_best_checkpoint_is_kept(tmp_path: Path, exact_config: Path, synthetic: Path) -> None:
+def test_the_best_checkpoint_is_kept(tmp_path: Path, validated: Path, synthetic: Path) -> None:
     """By what the log says of each validation: before and after a resume that finds the best so far in its state."""
-    path = tmp_path / "config.yaml"
-    sets = "validation: {every: 1, overlays: 0, sets: [{dataset: held_out, tag: jf, max_frames: 3, max_items: 1}]}\n"
-    text = exact_config.read_text().replace(
-        "datasets: {videos:", 'datasets: {held_out: {format: video_folder, root: "${data.root}/held_out"}, videos:'
-    )
-    path.write_text(text + sets)
     output = tmp_path / "run"
     settings = ["checkpoint.best=jf", "checkpoint.every=1", "checkpoint.keep=1", "validation.patience=0"]
-    arguments = command(FORKED, path, synthetic, output, *settings, "stages.0.steps=8")
+    arguments = command(FORKED, validated, synthetic, output, *settings, "stages.0.steps=8")
     kill_at(arguments, output, 4)
     assert run(arguments, cwd=tmp_path).returncode == 0
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]

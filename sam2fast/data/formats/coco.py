@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...config import DatasetConfig
-from ..defects import note_warning, report, tolerated
+from ..defects import is_collecting, note_warning, report, tolerated
 from ..files import (
     IMAGE_SUFFIXES,
     Packed,
@@ -138,8 +138,7 @@ def _find_json(config: DatasetConfig, name: str) -> Path:
     if where.is_file():
         return where
     found = sorted({*where.glob("instances*.json"), *where.glob("annotations/instances*.json")})
-    images = next(iter(list_files(Path(config.root), IMAGE_SUFFIXES)), None)
-    if not found and images:
+    if not found and (images := next(iter(list_files(Path(config.root), IMAGE_SUFFIXES)), None)):
         raise DataError(
             f"dataset {name!r}: {images[0] / images[1][0]} has no annotation, because there is no instances*.json in "
             f"{where} or its annotations/; set `annotations` to the JSON file of the images"
@@ -155,7 +154,7 @@ def _find_json(config: DatasetConfig, name: str) -> Path:
 
 def _note_strays(content: dict[str, Any], objects: Mapping[int, list], path: Path) -> None:
     """Warn of annotations without an image, and of images that are listed twice."""
-    listed = Counter(str(Path(image["file_name"]).with_suffix("")) for image in content["images"])
+    listed = Counter(_image_name(image) for image in content["images"])
     for image, count in listed.items():
         if count > 1:
             note_warning(
@@ -171,16 +170,17 @@ def _note_strays(content: dict[str, Any], objects: Mapping[int, list], path: Pat
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Image name (its file name without suffix) -> file_name, id, height, width and objects (id, segmentation)."""
+    """Image name -> file_name, id, height, width and objects (id, segmentation)."""
     content = parse_json(read_bytes(path), path)
     try:
         objects: dict[int, list] = defaultdict(list)
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd"):
                 objects[annotation["image_id"]].append((annotation["id"], annotation.get("segmentation")))
-        _note_strays(content, objects, path)
+        if is_collecting():
+            _note_strays(content, objects, path)
         images = {
-            str(Path(image["file_name"]).with_suffix("")): {
+            _image_name(image): {
                 "file_name": image["file_name"],
                 "id": image["id"],
                 "height": int(image["height"]),
@@ -201,6 +201,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             "annotations); set `annotations` to an instances JSON with segmentations"
         )
     return images
+
+
+def _image_name(image: dict[str, Any]) -> str:
+    """The file name without its suffix."""
+    return str(Path(image["file_name"]).with_suffix(""))
 
 
 def _brief(error: Exception) -> str:

@@ -301,9 +301,9 @@ def _table(contents: Mapping[str, Arrays], json: bool, of_root: int, dataset: st
     order = np.argsort(table.names, kind="stable")
     table = _rows(table, order)
     last = np.append(table.names[1:] != table.names[:-1], True)[: len(order)]
-    twins = {}
+    twins, containers = {}, list(contents)
     for row in np.flatnonzero(~last):
-        paths = [table.path(each, list(contents)) for each in (row, row + 1)]
+        paths = [table.path(each, containers) for each in (row, row + 1)]
         one_side = len({container < of_root for container in table.spans[row : row + 2, 0]}) == 1
         if one_side and paths[0].rpartition("/")[0] != paths[1].rpartition("/")[0]:
             twins[table.names[row].decode()] = f"{paths[0]} and {paths[1]} have the same name"
