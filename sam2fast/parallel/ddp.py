@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimConfig
-from .engine import StepResult, autocast, clip_on_device, clip_within_update, evaluating, group_settings, set_rates
+from .engine import (
+    StepResult,
+    autocast,
+    broadcast_weights,
+    clip_on_device,
+    clip_within_update,
+    evaluating,
+    group_settings,
+    set_rates,
+)
 from .mesh import Ranks
 
 BUCKET_BYTES = 25 * 2**20
@@ -36,9 +45,7 @@ class TorchEngine:
         self.layout = {"engine": "torch", "precision": precision, "groups": [len(group["params"]) for group in groups]}
         self.autocast = lambda: autocast(precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if ranks.world_size > 1:
-                dist.broadcast(tensor.data, src=0)
+        broadcast_weights(module, ranks)
 
     def forward(self, *args: Any) -> Any:
         with self.autocast():

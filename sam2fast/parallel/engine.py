@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
@@ -24,6 +25,18 @@ class StepResult:
     """L2 norm of all gradients before clipping."""
     skipped: Tensor
     """1 where the gradient was not finite and the update was left out, else 0."""
+
+
+@dataclass
+class EngineState:
+    """What training goes on from: the same names and full shapes with every engine."""
+
+    weights: dict[str, Tensor]
+    """By name as in `module.state_dict()`; DTensors where torch shards them."""
+    moments: dict[str, dict[str, Tensor]]
+    """exp_avg, exp_avg_sq and step of AdamW, by the name of the trained parameter."""
+    scaler: dict[str, Any]
+    """Loss scaling of float16 in plain values; empty in other precisions."""
 
 
 class Engine(Protocol):
@@ -82,18 +95,22 @@ def build_engine(
         from .zero import DeepSpeedEngine
 
         return DeepSpeedEngine(config, optim, ranks, module, groups, precision, accumulate, rebuild)
-    if config.zero_stage or config.deepspeed_config:
+    if config.zero_stage is not None or config.deepspeed_config:
         raise ConfigError(
-            "engine.kind is torch, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+            f"engine.kind is {kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
             "set engine.kind=deepspeed"
         )
+    if kind == "fsdp":
+        from .fsdp import FSDPEngine
+
+        return FSDPEngine(config, optim, ranks, module, groups, precision, rebuild)
     from .ddp import TorchEngine
 
     return TorchEngine(optim, ranks, module, groups, precision)
 
 
 def resolve_kind(config: EngineConfig) -> str:
-    """`torch` or `deepspeed`, with `auto` decided by the settings and the launcher."""
+    """`torch`, `fsdp` or `deepspeed`, with `auto` decided by the settings and the launcher."""
     if config.kind != "auto":
         return config.kind
     # The deepspeed launcher sets both, torchrun neither.
@@ -136,20 +153,52 @@ def clip_on_device(params: list[nn.Parameter], max_norm: float | None) -> StepRe
 
 
 def clip_within_update(
-    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None
+    optimizer: torch.optim.Optimizer,
+    params: list[nn.Parameter],
+    max_norm: float | None,
+    shards: dist.ProcessGroup | None = None,
+    loss_scale: Tensor | None = None,
 ) -> StepResult:
     """Let the next `step()` of a fused optimizer scale gradients to at most `max_norm` (L2 over all) as it reads them,
-    and leave out the update where they are not finite. The norm is not read on the host."""
-    result = _measure(params)
+    and leave out the update where they are not finite. The norm is not read on the host.
+
+    Args:
+        shards: the ranks that together have all gradients, where every one has some.
+        loss_scale: the factor in all gradients.
+    """
+    result = _measure(params, shards)
+    if loss_scale is not None:
+        result.grad_norm = result.grad_norm / loss_scale
     optimizer.found_inf = result.skipped
     # The same factor as that of `clip_grads_with_norm_`; gradients are divided by it.
-    optimizer.grad_scale = None if max_norm is None else ((result.grad_norm + 1e-6) / max_norm).clamp(min=1.0)
+    divisor = None if max_norm is None else ((result.grad_norm + 1e-6) / max_norm).clamp(min=1.0)
+    optimizer.grad_scale = divisor if loss_scale is None else loss_scale * (1.0 if divisor is None else divisor)
     return result
 
 
-def _measure(params: list[nn.Parameter]) -> StepResult:
+def _measure(params: list[nn.Parameter], shards: dist.ProcessGroup | None = None) -> StepResult:
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if shards is not None:
+        squares = norm.to(params[0].device).square()  # the norm of no gradients is on the CPU
+        dist.all_reduce(squares, group=shards)
+        norm = squares.sqrt()
     return StepResult(norm, (~torch.isfinite(norm)).float())
+
+
+def broadcast_weights(module: nn.Module, ranks: Ranks) -> None:
+    """Parameters and buffers of rank 0 on every rank."""
+    if ranks.world_size > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.data, src=0)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, Tensor]:
+    """exp_avg, exp_avg_sq and step of a fused AdamW; those it begins with where the parameter had no update yet."""
+    state = optimizer.state[param]
+    if not state:
+        state["step"] = torch.zeros((), device=param.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param.data), torch.zeros_like(param.data)
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step")}
 
 
 GROUP_SETTINGS = ("base_lr", "weight_decay", "betas", "eps")

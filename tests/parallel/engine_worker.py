@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -13,9 +14,15 @@ from torch import Tensor, nn
 
 from sam2fast.config import EngineConfig, OptimConfig
 from sam2fast.parallel import Ranks, build_engine, setup, teardown
+from sam2fast.parallel.fsdp import FSDPEngine
 
 STEPS, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 5, 2, 8
-ENGINES = [("torch", None)] + [("deepspeed", stage) for stage in range(4)]
+ENGINES = {
+    "torch": {"kind": "torch"},
+    "fsdp": {"kind": "fsdp"},
+    "fsdp_hybrid": {"kind": "fsdp", "shard_size": 1},
+    **{f"deepspeed{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in range(4)},
+}
 
 
 class Net(nn.Module):
@@ -27,25 +34,29 @@ class Net(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
         self.memory = nn.Linear(4, 4)
         self.token = nn.Parameter(torch.randn(1, 4))
+        self.frozen = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+
+    def blocks_run_once(self) -> list[nn.Module]:
+        return list(self.trunk)
 
     def forward(self, x: Tensor, use_memory: bool) -> Tensor:
-        y = self.trunk(x) + self.token
+        y = self.trunk(x) + self.token + self.frozen.sum(0)
         return self.memory(y) if use_memory else y
 
 
 def groups_of(module: nn.Module) -> list[dict]:
-    matrices = [p for p in module.parameters() if p.dim() > 1]
-    vectors = [p for p in module.parameters() if p.dim() <= 1]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     return [
         {"params": matrices, "lr": 1e-2, "base_lr": 1e-2, "weight_decay": 0.1},
         {"params": vectors, "lr": 5e-3, "base_lr": 5e-3, "weight_decay": 0.0},
     ]
 
 
-def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
+def run(ranks: Ranks, settings: dict, precision: str) -> dict:
     module = Net()
     engine = build_engine(
-        EngineConfig(kind=kind, zero_stage=stage),
+        EngineConfig(**settings),
         OptimConfig(lr=1e-2, clip=1.0),
         ranks,
         module,
@@ -59,7 +70,7 @@ def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
         folder = Path(ranks.broadcast(name))
         for step in range(STEPS):
             if step == STEPS - 3:
-                engine.save(folder)
+                saved = save(engine, folder)
             loss, result = train_step(engine, ranks, step)
             losses.append(loss)
             norms.append(float(result.grad_norm))
@@ -68,7 +79,7 @@ def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
         with engine.evaluation() as whole:
             output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
         ranks.barrier()
-        engine.load(folder)
+        load(engine, folder, saved)
         for step in range(STEPS - 3, STEPS):
             continued.append(train_step(engine, ranks, step)[0])
         ranks.barrier()
@@ -81,6 +92,18 @@ def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
         "output": output,
         "continued": continued,
     }
+
+
+def save(engine, folder: Path):
+    if isinstance(engine, FSDPEngine):
+        return copy.deepcopy(engine.state())
+    engine.save(folder)
+
+
+def load(engine, folder: Path, saved) -> None:
+    if saved is not None:
+        return engine.load_state(saved)
+    engine.load(folder)
 
 
 def train_step(engine, ranks: Ranks, step: int):
@@ -97,9 +120,7 @@ def train_step(engine, ranks: Ranks, step: int):
 
 if __name__ == "__main__":
     ranks = setup("cpu")
-    results = {
-        f"{kind}{'' if stage is None else stage}": run(ranks, kind, stage, sys.argv[1]) for kind, stage in ENGINES
-    }
+    results = {name: run(ranks, settings, sys.argv[1]) for name, settings in ENGINES.items()}
     if ranks.main:
         Path(sys.argv[2]).write_text(json.dumps(results))
     teardown()
