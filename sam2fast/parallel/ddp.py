@@ -1,4 +1,4 @@
-"""The plain torch engine: one process, or data parallel with gradients averaged in flat buckets."""
+"""The plain torch engine: one process, or data parallel with gradients averaged as they become complete."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimConfig
+from .buckets import GradientBuckets
 from .engine import (
     StepResult,
     autocast,
@@ -24,17 +24,20 @@ from .engine import (
 )
 from .mesh import Ranks
 
-BUCKET_BYTES = 25 * 2**20
-
 
 class TorchEngine:
-    """Whole weights on every rank; gradients are averaged after the last micro-step.
+    """Whole weights on every rank; gradients are averaged in the backward pass of the last micro-step, see
+    `GradientBuckets`."""
 
-    Which parameters a batch reaches depends on its kind, and the kind is equal on all ranks, so no unused-parameter
-    search is needed: a gradient is missing on every rank or on none.
-    """
-
-    def __init__(self, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict], precision: str) -> None:
+    def __init__(
+        self,
+        optim: OptimConfig,
+        ranks: Ranks,
+        module: nn.Module,
+        groups: list[dict],
+        precision: str,
+        reduce_dtype: str = "float32",
+    ) -> None:
         self.module = module
         self.ranks = ranks
         self.clip = optim.clip
@@ -46,23 +49,30 @@ class TorchEngine:
         self.autocast = lambda: autocast(precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
         broadcast_weights(module, ranks)
+        self.buckets: GradientBuckets | None = None
+        if ranks.world_size > 1:
+            trained = [param for param in module.parameters() if param.requires_grad]
+            self.buckets = GradientBuckets(trained, ranks.world_size, getattr(torch, reduce_dtype), self.fill_missing)
 
     def forward(self, *args: Any) -> Any:
         with self.autocast():
             return self.module(*args)
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
+        if self.buckets is not None:
+            self.buckets.begin(last=boundary)
         self.scaler.scale(loss).backward()
         if boundary:
             self.finish_gradients()
 
     def finish_gradients(self) -> None:
         """What follows on the last gradient of an optimizer step: missing ones are filled, all averaged over ranks."""
-        if self.fill_missing:
+        if self.buckets is not None:
+            self.buckets.finish()
+        elif self.fill_missing:
             for param in self.params:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
-        self._average_gradients()
 
     def step(self, lr_scale: float) -> StepResult:
         set_rates(self.optimizer.param_groups, lr_scale)
@@ -74,7 +84,10 @@ class TorchEngine:
         else:
             result = clip_within_update(self.optimizer, self.params, self.clip)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.buckets is not None:
+            self.buckets.reset()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         return result
 
     def save(self, folder: Path) -> None:
@@ -106,28 +119,6 @@ class TorchEngine:
             yield self.module
 
     def close(self) -> None:
+        if self.buckets is not None:
+            self.buckets.close()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _average_gradients(self) -> None:
-        if self.ranks.world_size == 1:
-            return
-        for bucket in _buckets([p.grad for p in self.params if p.grad is not None]):
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            flat /= self.ranks.world_size
-            parts = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(grad) for grad, part in zip(bucket, parts, strict=True)])
-
-
-def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients in groups of about BUCKET_BYTES."""
-    bucket: list[Tensor] = []
-    size = 0
-    for grad in grads:
-        bucket.append(grad)
-        size += grad.numel() * grad.element_size()
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket

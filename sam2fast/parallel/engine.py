@@ -106,7 +106,7 @@ def build_engine(
         return FSDPEngine(config, optim, ranks, module, groups, precision, rebuild)
     from .ddp import TorchEngine
 
-    return TorchEngine(optim, ranks, module, groups, precision)
+    return TorchEngine(optim, ranks, module, groups, precision, config.reduce_dtype)
 
 
 def resolve_kind(config: EngineConfig) -> str:

@@ -76,7 +76,7 @@ class FSDPEngine:
         self.loss_scale = LossScale(ranks.device) if precision == "float16" else None
 
     def _shard(self, reduce_dtype: str) -> nn.Module:
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce_dtype == "bfloat16" else None)
+        policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
         blocks = getattr(self.module, "blocks_run_once", list)()
         for unit in group_blocks(blocks, UNITS):
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
