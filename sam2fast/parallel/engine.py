@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
 from .mesh import Ranks
+from .state import EngineState
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Engine(Protocol):
 
     module: nn.Module
     layout: dict[str, Any]
-    """What a checkpoint must agree with to be loaded: kind, precision, sharding and sizes of the optimizer groups."""
+    """Kind, precision and sharding, for messages; a checkpoint of any is read by any."""
 
     def forward(self, *args: Any) -> Any:
         """Run the module under the engine's precision."""
@@ -42,15 +42,19 @@ class Engine(Protocol):
     def step(self, lr_scale: float) -> StepResult:
         """Clip, update with every group's base rate times `lr_scale`, and clear the gradients."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into `folder` (called on every rank).
+    def state(self) -> EngineState:
+        """This rank's share of the state, which may alias that of the engine (called on every rank)."""
+
+    def load_state(self, state: EngineState) -> None:
+        """Take over a state that any engine gave, on any number of ranks (called on every rank). What it says of rates
+        and weight decay stays as the configuration has it.
+
+        Args:
+            state: whole, in main memory; of what `state()` gives as DTensors, DTensors like those. It is used up.
 
         Raises:
-            OSError, RuntimeError: a file of this rank could not be written (`is_write_error`); collectives are done.
+            UserError: this engine cannot represent it.
         """
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights on the CPU, on every rank."""
@@ -150,15 +154,6 @@ def clip_within_update(
 def _measure(params: list[nn.Parameter]) -> StepResult:
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return StepResult(norm, (~torch.isfinite(norm)).float())
-
-
-GROUP_SETTINGS = ("base_lr", "weight_decay", "betas", "eps")
-
-
-def group_settings(groups: list[dict]) -> list[dict[str, Any]]:
-    """What the configuration says of each optimizer group; loading a state would bring back the values it was saved
-    with."""
-    return [{name: group[name] for name in GROUP_SETTINGS} for group in groups]
 
 
 def set_rates(groups: list[dict], lr_scale: float) -> None:

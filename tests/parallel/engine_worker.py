@@ -1,20 +1,24 @@
-"""Trains a small module with every engine in turn and prints what each did, as JSON, on rank 0."""
+"""Trains a small module with every engine in turn and writes what each did, as JSON, on rank 0.
+
+Arguments: precision, file to write, and optionally a file with states of other engines to continue from. The states of
+these engines are written beside the first file.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sam2fast.config import EngineConfig, OptimConfig
-from sam2fast.parallel import Ranks, build_engine, setup, teardown
+from sam2fast.parallel import Engine, EngineState, Ranks, build_engine, setup, teardown
 
-STEPS, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 5, 2, 8
+STEPS, LAST, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 3, 5, 2, 8
 ENGINES = [("torch", None)] + [("deepspeed", stage) for stage in range(4)]
 
 
@@ -42,36 +46,34 @@ def groups_of(module: nn.Module) -> list[dict]:
     ]
 
 
-def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
-    module = Net()
+def run(ranks: Ranks, kind: str, stage: int | None, precision: str, others: dict[str, EngineState]) -> tuple:
+    """What happened, and the state before the last steps; `others` are states to continue from as well."""
     engine = build_engine(
         EngineConfig(kind=kind, zero_stage=stage),
         OptimConfig(lr=1e-2, clip=1.0),
         ranks,
-        module,
+        (module := Net()),
         groups_of(module),
         precision,
         ACCUMULATE,
         Net,
     )
-    losses, skipped, norms, continued = [], [], [], []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(ranks.broadcast(name))
-        for step in range(STEPS):
-            if step == STEPS - 3:
-                engine.save(folder)
-            loss, result = train_step(engine, ranks, step)
-            losses.append(loss)
-            norms.append(float(result.grad_norm))
-            skipped.append(bool(result.skipped))
-        weights = {name: value.tolist() for name, value in engine.full_state_dict().items()}
-        with engine.evaluation() as whole:
-            output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
-        ranks.barrier()
-        engine.load(folder)
-        for step in range(STEPS - 3, STEPS):
-            continued.append(train_step(engine, ranks, step)[0])
-        ranks.barrier()
+    losses, skipped, norms = [], [], []
+    for step in range(STEPS):
+        if step == STEPS - LAST:
+            saved = whole_state(engine, ranks)
+        loss, result = train_step(engine, ranks, step)
+        losses.append(loss)
+        norms.append(float(result.grad_norm))
+        skipped.append(bool(result.skipped))
+    weights = {name: value.tolist() for name, value in engine.full_state_dict().items()}
+    with engine.evaluation() as whole:
+        output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
+    ranks.barrier()
+    continued = {}
+    for name, state in {"own": saved, **others}.items():
+        engine.load_state(copy.deepcopy(state))
+        continued[name] = [train_step(engine, ranks, step)[0] for step in range(STEPS - LAST, STEPS)]
     engine.close()
     return {
         "losses": losses,
@@ -80,7 +82,17 @@ def run(ranks: Ranks, kind: str, stage: int | None, precision: str) -> dict:
         "weights": weights,
         "output": output,
         "continued": continued,
-    }
+    }, saved
+
+
+def whole_state(engine: Engine, ranks: Ranks) -> EngineState:
+    """The shares of all ranks together."""
+    shares = ranks.gather(copy.deepcopy(engine.state()))
+    whole = EngineState(scaler=shares[0].scaler)
+    for share in shares:
+        whole.weights |= share.weights
+        whole.moments |= share.moments
+    return whole
 
 
 def train_step(engine, ranks: Ranks, step: int):
@@ -97,9 +109,12 @@ def train_step(engine, ranks: Ranks, step: int):
 
 if __name__ == "__main__":
     ranks = setup("cpu")
-    results = {
-        f"{kind}{'' if stage is None else stage}": run(ranks, kind, stage, sys.argv[1]) for kind, stage in ENGINES
-    }
+    results, states = {}, {}
+    others = torch.load(sys.argv[3], weights_only=False) if len(sys.argv) > 3 else {}
+    for kind, stage in ENGINES:
+        name = f"{kind}{'' if stage is None else stage}"
+        results[name], states[name] = run(ranks, kind, stage, sys.argv[1], others)
     if ranks.main:
         Path(sys.argv[2]).write_text(json.dumps(results))
+        torch.save(states, f"{sys.argv[2]}.states")
     teardown()
