@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from .engine import (
     clip_on_device,
     clip_within_update,
     evaluating,
-    group_settings,
     set_rates,
 )
 from .mesh import Ranks
+from .state import EngineState, load_unsharded_moments, owned_names, trained_parameters, unsharded_moments
 
 
 class TorchEngine:
@@ -45,7 +44,7 @@ class TorchEngine:
         self.params = [p for group in groups for p in group["params"]]
         # The fused update skips a bad step without a host sync, and clips as it reads the gradients.
         self.optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
-        self.layout = {"engine": "torch", "precision": precision, "groups": [len(group["params"]) for group in groups]}
+        self.layout = {"engine": "torch", "precision": precision, "world_size": ranks.world_size}
         self.autocast = lambda: autocast(precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
         broadcast_weights(module, ranks)
@@ -90,25 +89,22 @@ class TorchEngine:
             self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def save(self, folder: Path) -> None:
-        if self.ranks.main:
-            torch.save(
-                {
-                    "module": self.module.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                },
-                folder / "torch.pt",
-            )
+    def state(self) -> EngineState:
+        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
+        weights = {name: value for name, value in self.module.state_dict().items() if name in own}
+        trained = {name: param for name, param in trained_parameters(self.module).items() if name in own}
+        scaler = {}
+        if self.scaler.is_enabled():
+            values = self.scaler.state_dict()
+            scaler = {"scale": values["scale"], "good_steps": values["_growth_tracker"]}
+        return EngineState(weights, unsharded_moments(self.optimizer, trained), scaler)
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "torch.pt", map_location=self.ranks.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        settings = group_settings(self.optimizer.param_groups)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)
-        self.scaler.load_state_dict(state["scaler"])
+    def load_state(self, state: EngineState) -> None:
+        self.module.load_state_dict(state.weights)
+        load_unsharded_moments(self.optimizer, trained_parameters(self.module), state.moments)
+        if self.scaler.is_enabled() and state.scaler:
+            values = {"scale": state.scaler["scale"], "_growth_tracker": state.scaler["good_steps"]}
+            self.scaler.load_state_dict(self.scaler.state_dict() | values)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
