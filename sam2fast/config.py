@@ -218,6 +218,9 @@ class EngineConfig(Section):
     deepspeed_config: str | None = None
     """JSON file whose entries override ours (also --deepspeed_config)."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """How long a rank waits for another before the run ends with an error."""
+    stall_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """A run that has not moved for as long (at most half of timeout_minutes) says which rank is late, and where."""
 
 
 BASELINE_SUFFIX = "_baseline"
@@ -274,6 +277,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    tf32: bool = False
+    """Matrix products and convolutions in float32 may round their inputs to TF32 (10 bits of mantissa) on a GPU that
+    can. Off, as in the official trainer. Under bfloat16 or float16 autocast it is about the few that stay float32."""
     log_every: Positive = 10
     max_bad_steps: Positive = 10
     """Training stops after this many steps in a row with a loss or gradient that is not finite."""

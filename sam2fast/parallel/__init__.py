@@ -1,7 +1,23 @@
 """Process groups and training engines."""
 
+from .agreement import StepAgreement
 from .cuda_graphs import CudaCapture, GraphedSteps
 from .engine import Engine, StepResult, build_engine
 from .mesh import Ranks, setup, teardown
+from .place import HERE
+from .watchdog import LostRankError, Watchdog
 
-__all__ = ["CudaCapture", "Engine", "GraphedSteps", "Ranks", "StepResult", "build_engine", "setup", "teardown"]
+__all__ = [
+    "HERE",
+    "CudaCapture",
+    "Engine",
+    "GraphedSteps",
+    "LostRankError",
+    "Ranks",
+    "StepAgreement",
+    "StepResult",
+    "Watchdog",
+    "build_engine",
+    "setup",
+    "teardown",
+]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import OptimConfig
 from .engine import StepResult, autocast, clip_on_device, clip_within_update, evaluating, group_settings, set_rates
 from .mesh import Ranks
+from .place import HERE
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -104,6 +105,7 @@ class TorchEngine:
     def _average_gradients(self) -> None:
         if self.ranks.world_size == 1:
             return
+        HERE.go("reducing gradients")
         for bucket in _buckets([p.grad for p in self.params if p.grad is not None]):
             flat = torch.cat([grad.flatten() for grad in bucket])
             dist.all_reduce(flat)
