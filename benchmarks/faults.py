@@ -1,5 +1,5 @@
 """Injects faults into short runs of two ranks and prints what happened: exit code, seconds until all processes had
-ended, what the user read, and how many steps were lost when the same command went on.
+ended, what the user read, and how many steps are lost when the same command goes on.
 
     python benchmarks/faults.py [--only NAME ...] [--out FILE.md]
 """
@@ -7,6 +7,8 @@ ended, what the user read, and how many steps were lost when the same command we
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -20,13 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sam2fast import train  # noqa: E402, F401  (first: it makes both packages importable)
+from sam2fast.checkpoint import CheckpointStore  # noqa: E402
 from sam2fast.data.synthetic import write_dataset  # noqa: E402
+from sam2fast.parallel import Ranks  # noqa: E402
 from sam2fast.parallel.mesh import free_port  # noqa: E402
+from sam2fast.run_folder import RunFolder  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
@@ -93,6 +99,8 @@ class Fault:
     launcher: list[str] = field(default_factory=lambda: TORCHRUN)
     before: Callable[[Path], object] | None = None
     """Prepares the run folder."""
+    after: Callable[[Path], object] | None = None
+    """Mends the run folder before the command is given again."""
 
 
 def of_rank(rank: int, number: int) -> Callable[[Started], object]:
@@ -132,7 +140,7 @@ def faults() -> list[Fault]:
         Fault("disk full while saving", fault=f"full:0:{FAULT_AT}"),
         Fault("folder that cannot be written", overrides=["output_dir=/sys/run"]),
         Fault("file system of checkpoints lost", lambda run: (run.output / "mount").rename(run.output / "gone"),
-              before=mount),
+              before=mount, after=lambda output: (output / "gone").rename(output / "mount")),
         Fault("newest checkpoint damaged", damage_newest),
         Fault("loss not finite", fault=f"nan:1:{FAULT_AT}", overrides=["max_bad_steps=3"]),
         Fault("rank with another seed", fault="seed:1:0"),
@@ -143,17 +151,17 @@ def faults() -> list[Fault]:
     ]  # fmt: skip
 
 
-def start(fault: Fault, config: Path, data: Path, output: Path, printed: Path, again: list[str]) -> Started:
+def start(fault: Fault, config: Path, data: Path, output: Path) -> Started:
     launcher = fault.launcher
     if launcher is DEEPSPEED:
         launcher = [*launcher, "--master_port", str(free_port())]
-    broken = bool(fault.fault) and (not again or "kill" in fault.fault)
-    script = ROOT / ("benchmarks/faulty_train.py" if broken else "sam2fast/train.py")
+    script = ROOT / ("benchmarks/faulty_train.py" if fault.fault else "sam2fast/train.py")
     command = [*launcher, str(script), "--config", str(config), f"data.root={data}", f"output_dir={output}"]
     variables = {"FAULT": fault.fault, "FAULT_ONCE": str(output / "killed"), "OMP_NUM_THREADS": "1"}
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    printed = output.with_suffix(".txt")
     with printed.open("w") as file:
-        process = subprocess.Popen([*command, *fault.overrides, *again], stdout=file, stderr=subprocess.STDOUT,
+        process = subprocess.Popen([*command, *fault.overrides], stdout=file, stderr=subprocess.STDOUT,
                                    env={**os.environ, **variables, "DS_ACCELERATOR": "cpu", "PATH": tools},
                                    cwd=output.parent)  # fmt: skip
     return Started(process, output, printed)
@@ -165,7 +173,7 @@ def row(fault: Fault, config: Path, data: Path, folder: Path) -> list[str]:
     output.mkdir(parents=True)
     if fault.before:
         fault.before(output)
-    run, processes, began = start(fault, config, data, output, folder / "first.txt", []), {}, 0.0
+    run, processes, began = start(fault, config, data, output), {}, 0.0
     while run.launcher.poll() is None:
         try:
             processes |= {each.pid: each for each in psutil.Process(run.launcher.pid).children(recursive=True)}
@@ -176,31 +184,40 @@ def row(fault: Fault, config: Path, data: Path, folder: Path) -> list[str]:
             if fault.inject:
                 fault.inject(run)
         time.sleep(0.05)
-    gone, alive = psutil.wait_procs(list(processes.values()), timeout=120)
+    _, alive = psutil.wait_procs(list(processes.values()), timeout=120)
     took = f"{time.monotonic() - began:.0f} s" if began else "at the start"
     for each in alive:
         each.kill()
-    reached, code = run.step(), str(run.launcher.returncode)
     said = messages(run.printed.read_text(), folder) + (["processes had to be killed"] if alive else [])
-    if code == "0" or not (output / "log.jsonl").exists():
-        return [fault.name, code, took, "<br>".join(said), "0"]
-    again = start(fault, config, data, output, folder / "again.txt", [f"stages.0.steps={reached + 2}"])
-    if again.launcher.wait(600):
-        return [
-            fault.name,
-            code,
-            took,
-            "<br>".join(said),
-            f"the same command ends: {messages(again.printed.read_text(), folder)}",
-        ]  # noqa: E501
-    went_on = re.search(r"continuing at step (\d+)", again.printed.read_text())
-    warned = [line for line in messages(again.printed.read_text(), folder) if "damaged" in line]
-    return [fault.name, code, took, "<br>".join(said + warned), str(reached - int(went_on[1] if went_on else 0))]
+    if fault.after:
+        fault.after(output)
+    reached, goes_on, warning = continuation(run)
+    return [fault.name, str(run.launcher.returncode), took, "<br>".join(said + warning), str(reached - goes_on)]
+
+
+def continuation(run: Started) -> tuple[int, int, list[str]]:
+    """The steps that were done, the one where the same command goes on (or where the launcher already made it do so),
+    and what it says of checkpoints."""
+    if went_on := re.search(r"continuing at step (\d+)", run.printed.read_text()):
+        return FAULT_AT, int(went_on[1]), []
+    store = CheckpointStore(run.output, 2, Ranks(0, 1, 0, torch.device("cpu")))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        state, _ = RunFolder(run.output).find_state(store)
+    return run.step(), state.global_step, messages(said.getvalue(), run.output.parent)
 
 
 def messages(printed: str, folder: Path) -> list[str]:
     """What is for the user among the lines of launcher and ranks, without the paths of this machine."""
-    signs = ("error: ", "watchdog: ", "stopped after", "ends because", "damaged", "update skipped", "continuing at")
+    signs = (
+        "error: ",
+        "watchdog: ",
+        "stopped after",
+        "ends because",
+        "damaged",
+        "update skipped",
+        "continuing at step",
+    )
     lines = [line for line in printed.splitlines() if any(sign in line for sign in signs)]
     lines = [line for line in lines if not line.startswith(("[20", "W", "E", "[W", "[E", "Traceback"))]
     if "Traceback" in printed and not lines:

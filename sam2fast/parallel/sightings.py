@@ -140,8 +140,8 @@ def find_cause(found: Sequence[Sighting], hang: bool = True) -> tuple[str, str]:
     lost = [each for each in found if each.dead or each.silent]
     if lost:
         return _name(lost), (
-            f"{_describe(lost)} does not answer any more: it was killed, has crashed or is stopped, or its machine is "
-            "gone (where memory ran out, the kernel's log says so)"
+            f"{_describe(lost)} when it was last seen, does not answer any more: it was killed, has crashed or is "
+            "stopped, or its machine is gone (where memory ran out, the kernel's log says so)"
         )
     running = [each for each in found if not each.ended]
     if len(running) < len(found):

@@ -123,7 +123,7 @@ class Watchdog:
             waited = f" after engine.timeout_minutes={self._config.timeout_minutes:g}"
         return (
             f"error: no answer{waited}, {self._myself().where}: {text}. The same command continues from the last "
-            f"checkpoint (the collective said: {_first_line(error)})"
+            f"checkpoint (the collective said: {_first_line(error).rpartition('] ')[2].partition('. ')[0]})"
         )
 
     def _look(self) -> list[Sighting]:

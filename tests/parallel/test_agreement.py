@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from sam2fast.config import MixItem, StageConfig
+from sam2fast.config import MixItem, StageConfig, UserError
 from sam2fast.models.plan import draw_plan
-from sam2fast.parallel.agreement import differences, name_ranks
+from sam2fast.parallel.agreement import DivergenceError, agree_on_start, differences, name_ranks
 from sam2fast.parallel.engine import set_tf32
 from sam2fast.parallel.sightings import DONE, LOST, Sighting, find_cause
 from sam2fast.step_plan import StepPlanner
@@ -27,6 +30,27 @@ def test_differences_name_the_ranks_of_each_value() -> None:
         == "seed is 0 on ranks 0, 1, 3, 4 and 1 on rank 2; version is '1' on ranks 0, 1, 3, 4 and not set on rank 2"
     )
     assert name_ranks([0, 1, 2, 3, 7]) == "ranks 0-3, 7"
+
+
+def test_ranks_with_other_numbers_of_ranks_do_not_start() -> None:
+    store = dist.HashStore()
+
+    def start(rank: int) -> None:
+        facts = {"device": "cpu", "world_size": 2 + rank}
+        with pytest.raises(
+            SystemExit if rank else DivergenceError, match=None if rank else "2 on rank 0 and 3 on rank"
+        ):
+            agree_on_start(store, rank, facts, 1.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(start, range(2)))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(milliseconds=100))
+    with pytest.raises(UserError, match="rank 1 of 2 did not start within engine.timeout_minutes=30"):
+        agree_on_start(store, 0, {"world_size": 2}, 30.0)
 
 
 @pytest.mark.parametrize(

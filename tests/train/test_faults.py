@@ -68,7 +68,9 @@ def test_out_of_memory_says_what_to_change(exact_config: Path, synthetic: Path, 
 def test_a_rank_that_is_killed_is_named(exact_config: Path, synthetic: Path, tmp_path: Path) -> None:
     codes, errors = errors_of(launch("kill:1:1", exact_config, synthetic, tmp_path / "run"))
     assert codes == [1, -9] and len(errors) == 1
-    assert "rank 1 (process" in errors[0] and "does not answer any more: it was killed" in errors[0], errors
+    assert (
+        "rank 1 (process" in errors[0] and "when it was last seen, does not answer any more: it was killed" in errors[0]
+    ), errors
     assert "after step 1 of stage 'video'" in errors[0] and "continues from the last checkpoint" in errors[0]
 
 
