@@ -9,8 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
+REQUEUE_FILE = "SAM2FAST_REQUEUE_FILE"
+"""Environment variable: a run that a signal stops makes the file that it names, and ends with 0 in place of 75. For
+launchers that make 1 of every exit code and start ranks again that end with one; see configs/cluster/."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +136,7 @@ def train(config_path: str, overrides: list[str], local_rank: int | None = None)
         from .recipe import run
 
         config = load_config(config_path, overrides)
-        run(config, setup(config.device, config.engine.timeout_minutes, local_rank))
+        run(config, setup(config.device, config.engine.timeout_minutes, local_rank, _facts(config)))
 
     return _guarded(body)
 
@@ -143,7 +150,7 @@ def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
         from .recipe import evaluate_checkpoint
 
         config = load_config(config_path, overrides)
-        ranks = setup(config.device, config.engine.timeout_minutes)
+        ranks = setup(config.device, config.engine.timeout_minutes, facts=_facts(config))
         for name, value in evaluate_checkpoint(config, checkpoint, ranks).items():
             if ranks.main:
                 print(f"{name:32} {value:.4g}")
@@ -202,10 +209,8 @@ QUICKSTART_DATA = (("images", "sa1b", 300, 1), ("videos", "sav", 60, 2), ("held_
 
 def _guarded(body: Callable[[], int | None]) -> int:
     """Run `body` for its exit code; a user's mistake is one line on stderr and exit code 2, never a traceback."""
-    from torch import OutOfMemoryError
-
     from .config import UserError
-    from .parallel import teardown
+    from .parallel import LostRankError, teardown
     from .stopping import EXIT_STOPPED, Stopped
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -219,16 +224,14 @@ def _guarded(body: Callable[[], int | None]) -> int:
     except UserError as error:
         say(f"error: {error}")
         code = 2
-    except OutOfMemoryError as error:
-        say(
-            f"error: out of GPU memory ({str(error).splitlines()[0]}); lower stages.*.data.*.batch_size, "
-            "max_objects or frames (accumulate keeps the effective batch), model.image_size, or use precision=bfloat16"
-        )
-        code = 3
     except Stopped as stopped:
+        code = EXIT_STOPPED
+        if requeue := os.environ.get(REQUEUE_FILE):
+            code = 0
         if int(os.environ.get("RANK", 0)) == 0:
             print(stopped, flush=True)
-        code = EXIT_STOPPED
+            if requeue:
+                Path(requeue).touch()
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -240,24 +243,55 @@ def _guarded(body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command continues from the last checkpoint")
         code = 130
-    except RuntimeError as error:
-        if alone or not _is_lost_peer(error):
-            raise
-        say("ends because another rank did; see its message")
+    except LostRankError as error:
+        say(str(error))
         code = 1
+    except (RuntimeError, MemoryError) as error:
+        code = _of_runtime(error, say)
     if code in (0, EXIT_STOPPED) or alone:
-        teardown()  # with other ranks still in a collective, leaving it in order could wait for them forever
-    return code
+        teardown()
+        return code
+    # Other ranks may still be in a collective: leaving the process group in order could wait for them forever, and so
+    # could the end of the interpreter.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _of_runtime(error: RuntimeError | MemoryError, say: Callable[[str], None]) -> int:
+    """The exit code of an error outside of training steps, which say more themselves; raises what it does not know."""
+    from .out_of_memory import first_line, is_out_of_memory
+    from .parallel.watchdog import is_lost_peer
+
+    if is_out_of_memory(error):
+        say(
+            f"error: out of memory outside of a training step ({first_line(error)}); a smaller model.size or "
+            "model.image_size, or less data.workers and data.prefetch on the host, needs less"
+        )
+        return 2
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not is_lost_peer(error):
+        raise error
+    say("ends because another rank did; see its message")
+    return 1
+
+
+def _facts(config: Config) -> dict[str, object]:
+    """What must be equal on all ranks: settings and the versions of what computes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from . import __version__
+    from .config_file import flatten
+
+    facts: dict[str, object] = {"version of sam2fast": __version__}
+    for name in ("torch", "deepspeed"):
+        try:
+            facts[f"version of {name}"] = version(name)
+        except PackageNotFoundError:
+            facts[f"version of {name}"] = "not installed"
+    return facts | flatten(config.model_dump(mode="json"))
 
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
 """What a disk that is full or gone says of small files, such as the log."""
-
-
-def _is_lost_peer(error: RuntimeError) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 if __name__ == "__main__":

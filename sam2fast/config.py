@@ -223,6 +223,9 @@ class EngineConfig(Section):
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which gradients of ranks are added up. bfloat16 sends half the bytes and is not exact."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """How long a rank waits for another before the run ends with an error."""
+    stall_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """A run that has not moved for as long (at most half of timeout_minutes) says which rank is late, and where."""
 
     @model_validator(mode="after")
     def _shards_with_fsdp(self) -> EngineConfig:
@@ -290,6 +293,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    tf32: bool = False
+    """Matrix products and convolutions in float32 may round their inputs to TF32 (10 bits of mantissa) on a GPU that
+    can. Off, as in the official trainer. Under bfloat16 or float16 autocast it is about the few that stay float32."""
     log_every: Positive = 10
     max_bad_steps: Positive = 10
     """Training stops after this many steps in a row with a loss or gradient that is not finite."""

@@ -82,6 +82,9 @@ class RecomputePolicy:
             )
         return cls(**dict.fromkeys(parts, True))
 
+    def __str__(self) -> str:
+        return "+".join(part.name for part in fields(self) if getattr(self, part.name)) or "none"
+
 
 RECOMPUTE_LADDER = ("none", "decoder", "decoder+trunk+selective", "decoder+trunk", "decoder+trunk+memory")
 """From the least to the most that is computed again: `auto` takes the first that fits."""

@@ -39,9 +39,9 @@ from .models.architecture import Architecture, architecture
 from .models.official import load_checkpoint, save_checkpoint, split_checkpoint
 from .models.sam2 import SAM2
 from .optim import build_groups, freeze
-from .parallel import Engine, Ranks, build_engine
+from .parallel import HERE, Engine, Ranks, Watchdog, build_engine
 from .parallel.cuda_graphs import check_config
-from .parallel.engine import autocast
+from .parallel.engine import autocast, set_tf32
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
 from .stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -76,15 +76,19 @@ def run(config: Config, ranks: Ranks) -> Path:
 
     Raises:
         Stopped: by a signal; the same call goes on.
+        LostRankError: another rank has ended or does not come.
     """
+    set_tf32(config.tf32, ranks.device)
     stop = StopRequest(ranks, config.engine.timeout_minutes)
-    with stop.listening():
+    watchdog = Watchdog(ranks, config.engine, stop.orphaned, planned=Stopped)
+    with stop.listening(), watchdog.watching():
         return _run(config, ranks, stop)
 
 
 def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     if config.model.cuda_graphs:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
+    HERE.go("opening the data")
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
     store = CheckpointStore(config, ranks)
@@ -110,7 +114,8 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     try:
         shared = _Run(config, ranks, folder, store, datasets, telemetry, bad_records, decoder, stop)
         while state.stage < len(config.stages):
-            if signal := stop.now():
+            HERE.go("building the model", config.stages[state.stage].name, state.global_step)
+            if signal := stop.now({"stage": config.stages[state.stage].name, "step": state.global_step + 1}):
                 raise Stopped(
                     f"{signal}: stopped at step {state.global_step}, before anything was trained that is not saved; "
                     f"the same command continues (exit code {EXIT_STOPPED})"
@@ -121,6 +126,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
         store.close()
         progress.close()
         log.close()
+    HERE.go("writing the export", step=state.global_step)
     ranks.agree(lambda: _finish(config, folder) if ranks.main else None)
     return folder.path
 
@@ -239,6 +245,7 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
         trainer.train()
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
+        HERE.go("saving the weights of the stage")
         weights = engine.full_state_dict()
     finally:
         engine.close()

@@ -1,23 +1,20 @@
 """Stopping on request: SIGTERM or SIGUSR1 ends a run after a step, with a checkpoint.
 
 A signal may reach one rank alone, or several at different times, and all must stop after the same step. So every rank
-contributes the signal that it has, if any, to a maximum over ranks: begun before a step and read after it. It goes
-through a process group on the host and has the whole step to arrive; the device is not asked anything. The price is
-that a signal which comes during a step is acted on after the next one, where there are several ranks.
+contributes the signal that it has, if any, to a maximum over ranks: begun before a step and read after it, so that it
+has the whole step to arrive. The price is that a signal which comes during a step is acted on after the next one, where
+there are several ranks. With it goes what the next step will be: ranks that differ there end, see `StepAgreement`.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from .parallel import Ranks
+from .parallel import Ranks, StepAgreement
 from .signals import STOP_SIGNALS
 
 EXIT_STOPPED = 75
@@ -29,7 +26,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """What signals ask for, agreed on by all ranks.
+    """What signals ask for, agreed on by all ranks (see `StepAgreement`).
 
     Args:
         timeout_minutes: how long a rank may wait for another.
@@ -37,10 +34,7 @@ class StopRequest:
 
     def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
         self._received = 0
-        self._agreed: torch.Tensor | None = None
-        self._group = self._work = None
-        if ranks.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self._agreement = StepAgreement(ranks, timeout_minutes)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -55,25 +49,31 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
-    def begin(self) -> None:
-        """Send what this rank has received to the others; every rank does so before a step."""
-        if self._group is not None:
-            self._agreed = torch.tensor(self._received)
-            self._work = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, self._group, async_op=True)
+    def begin(self, following: Mapping[str, Any]) -> None:
+        """Send what this rank has received to the others; every rank does so before a step.
+
+        Args:
+            following: what shapes the graph of the step after it, on which all ranks must agree.
+        """
+        self._agreement.begin(self._received, following)
 
     def end(self) -> str:
-        """Name of the signal that some rank had received at `begin`, the same on all ranks; empty where none had."""
-        if self._group is None:
-            number = self._received
-        else:
-            self._work.wait()
-            number = int(self._agreed)
+        """Name of the signal that some rank had received at `begin`, the same on all ranks; empty where none had.
+
+        Raises:
+            DivergenceError: on one rank, SystemExit on the others, where ranks would go on differently.
+        """
+        number = self._agreement.end()
         return signal.Signals(number).name if number else ""
 
-    def now(self) -> str:
+    def now(self, following: Mapping[str, Any]) -> str:
         """The same of this moment. It waits for the other ranks."""
-        self.begin()
+        self.begin(following)
         return self.end()
+
+    def orphaned(self) -> None:
+        """Ask for the stop that a launcher which died cannot ask for any more."""
+        self._received = signal.SIGTERM
 
     def _note(self, number: int, _: object) -> None:
         self._received = number

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +20,15 @@ from .config import Config, StageConfig, UserError
 from .data.bad_records import BadRecord, BadRecords
 from .data.dali import DaliDecoder
 from .data.loaders import build_loader
-from .data.mixture import Mixture
 from .data.sample import Batch, PackedBatch
 from .data.sampling import ClipDataset
 from .data.transfer import Transfer
 from .losses import SegmentationLoss
-from .models.plan import RolloutPlan, draw_plan
+from .models.plan import RolloutPlan
 from .optim import learning_rate
-from .parallel import CudaCapture, Engine, GraphedSteps, Ranks, StepResult
+from .out_of_memory import explained
+from .parallel import HERE, CudaCapture, Engine, GraphedSteps, Ranks, StepResult
+from .step_plan import StepPlan, StepPlanner
 from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
 from .telemetry.meters import Meters
@@ -123,7 +126,9 @@ class StageTrainer:
         self.stage: StageConfig = config.stages[state.stage]
         self.store, self.telemetry, self.validate = store, telemetry, validate
         self.loss = SegmentationLoss(self.stage.loss)
-        self.mixture = Mixture(self.stage, config.seed, state.stage)
+        self.planner = StepPlanner(self.stage, config.seed, state.stage)
+        self.plan = self.planner.plan(state.step)
+        """Of the step that comes next, or that is being done."""
         self.entries, self.datasets = entries, datasets
         self.bad_records, self.stop, self.decoder = bad_records, stop, decoder
         self.unshared: list[BadRecord] = []
@@ -138,6 +143,8 @@ class StageTrainer:
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradient that is not finite.
+            DivergenceError: ranks would go on differently.
+            OutOfMemory: a step needs more memory than there is.
             Stopped: a signal asked for it; a checkpoint is saved.
         """
         state, config = self.state, self.config
@@ -147,16 +154,20 @@ class StageTrainer:
             if state.validation_due:
                 state.validation_due = False
                 if self._validate():
-                    self.store.save(self.engine, state)
+                    self._save()
+            self.stop.now(self._facts(self.plan))  # a signal, if any, is acted on after the first step
             while state.step < self.stage.steps and not state.stopped:
+                HERE.go("loading data", self.stage.name, state.global_step)
                 with clock.loading():
                     batches = self._next_batches()
                 self._list_records()
-                self.stop.begin()
-                self._step(batches)
-                item = self.mixture.item(state.step)
+                following, item = self.planner.plan(state.step + 1), self.plan.item
+                self.stop.begin(self._facts(following))
+                with explained(config, state, self.plan, batches, self.engine.module, self.ranks.device):
+                    self._step(batches)
                 clock.count(self._samples(item))
                 self.entries[item].taken += self._samples(item)
+                self.plan = following
                 state.step += 1
                 state.global_step += 1
                 state.seconds = time.monotonic() - started
@@ -175,9 +186,9 @@ class StageTrainer:
                     else:
                         saving |= self._validate()
                         clock = IntervalClock()
-                        signal = self.stop.now()
+                        signal = self.stop.now(self._facts(following))
                 if saving or signal:
-                    path = self.store.save(self.engine, state)
+                    path = self._save()
                 if signal:
                     self.store.wait()
                     raise Stopped(
@@ -191,13 +202,22 @@ class StageTrainer:
             self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
             self._list_records()
 
+    def _facts(self, plan: StepPlan | None) -> dict[str, Any]:
+        """What all ranks must agree on before they go on."""
+        stopped = self.state.stopped
+        return plan.facts() if plan and not stopped else {"stage": self.stage.name, "end": stopped or "all steps done"}
+
+    def _save(self) -> Path:
+        HERE.go("saving a checkpoint", step=self.state.global_step)
+        return self.store.save(self.engine, self.state)
+
     def _samples(self, item: int) -> int:
         return self.stage.samples_of_step(item, self.ranks.world_size)
 
     def _next_batches(self) -> list[PackedBatch]:
         """The micro-batches of this step, all before the first forward: their objects are counted for the
         normalization."""
-        item = self.mixture.item(self.state.step)
+        item = self.plan.item
         if item not in self.loaders:
             self.loaders[item] = build_loader(
                 self.datasets[item],
@@ -216,14 +236,10 @@ class StageTrainer:
 
     def _step(self, batches: list[PackedBatch]) -> None:
         state, device = self.state, self.ranks.device
+        HERE.go("forward and backward")
         self.transfer.start(batches[0])  # at once: the device may still be busy with the step before
-        # One plan for all micro-steps and ranks: graphs of different shape would deadlock sharded training, and N
-        # micro-steps then are one batch N times as large.
-        plan = draw_plan(
-            self.stage.prompts,
-            batches[0].num_frames,
-            np.random.Generator(np.random.PCG64([self.config.seed, state.stage, state.step])),
-        )
+        plan = self.plan.rollout
+        assert batches[0].num_frames == plan.num_frames, (batches[0].num_frames, plan)
         count = float(sum(batch.num_objects for batch in batches))
         objects = self.ranks.sum(torch.full((), count, device=device))  # a fill: a copy from the host would wait
         normalizer = (objects / self.ranks.world_size).clamp(min=1)
@@ -237,6 +253,7 @@ class StageTrainer:
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
             del batch  # or it would live through the next forward
+        HERE.go("the optimizer's step")
         result = self.engine.step(learning_rate(self.stage.optim, state.step, self.stage.steps))
         self._record(result, totals, batches)
 
@@ -347,6 +364,7 @@ class StageTrainer:
 
     def _validate(self) -> bool:
         """Score the model; whether the score of `checkpoint.best` is the best so far."""
+        HERE.go("validation", step=self.state.global_step)
         values = self.validate()
         self.telemetry.log.scalars(self.state.global_step, values, stage=self.stage.name)
         self.telemetry.progress.message(

@@ -37,8 +37,11 @@ ALLOWED = {
     "checkpoint": {"config", "parallel", "models.official", "checkpoint_files"},
     "run_folder": {"config", "config_file", "checkpoint"},
     "memory_plan": {"config", "performance", "data.sample", "models", "losses", "optim", "parallel"},
+    "step_plan": {"config", "data", "models"},
+    "out_of_memory": {"config", "performance", "data.sample", "models", "checkpoint", "memory_plan", "step_plan"},
     "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint", "stopping"},
 }
+ALLOWED["trainer"] |= {"step_plan", "out_of_memory"}
 ALLOWED["recipe"] = {*ALLOWED, "trainer"}
 ALLOWED["cli"] = {*ALLOWED, "recipe"}
 ALLOWED["train"] = {"cli"}

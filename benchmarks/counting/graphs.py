@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -54,10 +55,11 @@ def count_host_launches(setup: Setup) -> dict[str, int]:
         for context in (FakeTensorMode(), _fake_ranks()):
             stack.enter_context(context)
         stack.enter_context(mock.patch.object(GraphedSteps, "_accumulate", results))
-        changes = {"GraphedSteps": partial(GraphedSteps, record_at=1), "draw_plan": lambda *_: plan}
+        changes = {"GraphedSteps": partial(GraphedSteps, record_at=1)}
         changes |= {"CudaCapture": partial(_Capture, counter, tracker), "Transfer": _Transfer}
         stack.enter_context(mock.patch.multiple(trainer, **changes))
         stage = _trainer(setup, plan.num_frames)
+        stage.plan = replace(stage.plan, rollout=plan)
         batch = _packed(fake_batch(plan.num_frames, objects, setup.side, "cpu"))
         for owner, name, place in (
             (stage.graphs, "run", PLACES[0]),

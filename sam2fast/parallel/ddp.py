@@ -21,6 +21,7 @@ from .engine import (
     set_rates,
 )
 from .mesh import Ranks
+from .place import HERE
 from .state import EngineState, load_unsharded_moments, owned_names, trained_parameters, unsharded_moments
 
 
@@ -67,6 +68,7 @@ class TorchEngine:
     def finish_gradients(self) -> None:
         """What follows on the last gradient of an optimizer step: missing ones are filled, all averaged over ranks."""
         if self.buckets is not None:
+            HERE.go("reducing gradients")
             self.buckets.finish()
         elif self.fill_missing:
             for param in self.params:

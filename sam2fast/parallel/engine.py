@@ -124,6 +124,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, AUTOCAST_DTYPE.get(precision), enabled=precision in AUTOCAST_DTYPE)
 
 
+def set_tf32(allowed: bool, device: torch.device) -> None:
+    """Whether float32 matrix products and convolutions on a GPU may round their inputs to TF32.
+
+    By the two calls of PyTorch that leave both its older and its newer settings readable: after one of the newer
+    alone, torch.compile, which reads the older ones, ends with an error.
+    """
+    if device.type == "cuda":  # on a CPU the first is about other formats
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 @contextmanager
 def evaluating(module: nn.Module, precision: AbstractContextManager) -> Iterator[None]:
     """`module` in eval mode, without gradients and under `precision`; its mode comes back afterwards."""

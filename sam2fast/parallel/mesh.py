@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ..config import ConfigError, UserError
+from .agreement import agree_on_start
+from .place import HERE
 
 T = TypeVar("T")
 
@@ -38,12 +40,14 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with HERE.waiting("a barrier"):
+                dist.barrier()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of `value` over all ranks (in place; no copy to the host)."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            with HERE.waiting("a sum over ranks"):
+                dist.all_reduce(value)
         return value
 
     def broadcast(self, value: Any) -> Any:
@@ -51,7 +55,8 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with HERE.waiting("a broadcast from rank 0"):
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def agree(self, work: Callable[[], T], slow: bool = False) -> T:
@@ -107,20 +112,29 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with HERE.waiting("a gathering of all ranks"):
+            dist.all_gather_object(values, value)
         return values
 
 
-def setup(device: str = "auto", timeout_minutes: float = 30.0, local_rank: int | None = None) -> Ranks:
+def setup(
+    device: str = "auto",
+    timeout_minutes: float = 30.0,
+    local_rank: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Ranks:
     """Join the process group that the launcher describes, or make one of a single process.
 
     Args:
         device: "cpu", "cuda" or "auto" (cuda where a GPU is present).
         timeout_minutes: how long a collective may wait for a rank before the run fails instead of hanging.
         local_rank: rank on this machine where the launcher passes it as an argument; else LOCAL_RANK is read.
+        facts: plain values that must be equal on all ranks, see `agree_on_start`.
 
     Raises:
         ConfigError: cuda was asked for and no GPU is present.
+        UserError: ranks differ in `facts`, number of ranks or kind of device, or one did not start in time; on one
+            rank, SystemExit on the others.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -135,8 +149,39 @@ def setup(device: str = "auto", timeout_minutes: float = 30.0, local_rank: int |
     if kind == "cuda":
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store = connect(timeout, serve=rank == 0)
+        if world_size > 1:
+            facts = {**(facts or {}), "world_size": world_size, "device": kind}
+            agree_on_start(dist.PrefixStore("start", store), rank, facts, timeout_minutes)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return Ranks(rank, world_size, local, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"))
+
+
+def connect(timeout: timedelta, serve: bool = False) -> dist.Store:
+    """A new connection to the key-value store of this start at MASTER_ADDR:MASTER_PORT.
+
+    Args:
+        timeout: how long it waits for the store and for a key.
+        serve: keep the store in this process, unless the launcher does (torchrun).
+
+    Raises:
+        UserError: nobody answers there.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serve = serve and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=serve, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistError as error:
+        what = "cannot be opened" if serve else "does not answer"
+        raise UserError(
+            f"the meeting point of the ranks, MASTER_ADDR:MASTER_PORT={address}:{port}, {what} "
+            f"({str(error).splitlines()[0]}); rank 0 must be running on that machine and its port be free and reachable"
+        ) from None
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def teardown() -> None:

@@ -1,0 +1,251 @@
+"""Injects faults into short runs of two ranks and prints what happened: exit code, seconds until all processes had
+ended, what the user read, and how many steps are lost when the same command goes on.
+
+    python benchmarks/faults.py [--only NAME ...] [--out FILE.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sam2fast import train  # noqa: E402, F401  (first: it makes both packages importable)
+from sam2fast.checkpoint import CheckpointStore  # noqa: E402
+from sam2fast.data.synthetic import write_dataset  # noqa: E402
+from sam2fast.parallel import Ranks  # noqa: E402
+from sam2fast.parallel.mesh import free_port  # noqa: E402
+from sam2fast.run_folder import RunFolder  # noqa: E402
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+FAULT_AT = 5
+"""Steps that are done when the fault comes; checkpoints are of every third."""
+
+CONFIG = """
+name: faults
+output_dir: ???
+device: cpu
+log_every: 1
+model: {size: micro, image_size: 64}
+data:
+  root: ???
+  workers: 0
+  datasets: {videos: {format: sav, root: "${data.root}"}}
+stages:
+  - name: video
+    steps: 1000
+    data: [{dataset: videos, frames: 3, batch_size: 1, max_objects: 2}]
+    prompts: {correction_clicks: 1}
+    optim: {schedule: constant}
+checkpoint: {every: 3}
+"""
+
+
+@dataclass
+class Started:
+    """A run under its launcher."""
+
+    launcher: subprocess.Popen
+    output: Path
+    printed: Path
+
+    def step(self) -> int:
+        """The last one in the log."""
+        log = self.output / "log.jsonl"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its training processes, in the order of their ranks."""
+        found = {}
+        for process in psutil.Process(self.launcher.pid).children(recursive=True):
+            try:
+                rank = process.environ().get("RANK")
+                if rank is not None and "forkserver" not in " ".join(process.cmdline()):
+                    found.setdefault(int(rank), process)
+            except psutil.Error:
+                pass
+        return [found[rank] for rank in sorted(found)]
+
+
+@dataclass
+class Fault:
+    """How a fault is made."""
+
+    name: str
+    inject: Callable[[Started], object] | None = None
+    """Called when step `FAULT_AT` is in the log; without it the run makes the fault itself."""
+    fault: str = ""
+    """See faulty_train.py."""
+    overrides: list[str] = field(default_factory=list)
+    launcher: list[str] = field(default_factory=lambda: TORCHRUN)
+    before: Callable[[Path], object] | None = None
+    """Prepares the run folder."""
+    after: Callable[[Path], object] | None = None
+    """Mends the run folder before the command is given again."""
+
+
+def of_rank(rank: int, number: int) -> Callable[[Started], object]:
+    return lambda run: run.ranks()[rank].send_signal(number)
+
+
+def kill_loader(run: Started) -> None:
+    servers = [each for rank in run.ranks() for each in rank.children() if "forkserver" in " ".join(each.cmdline())]
+    next(worker for server in servers for worker in server.children()).kill()
+
+
+def mount(output: Path) -> None:
+    """Checkpoints on another file system, as far as the run sees."""
+    (output / "mount").mkdir(parents=True)
+    (output / "checkpoints").symlink_to(output / "mount")
+
+
+def damage_newest(run: Started) -> None:
+    run.launcher.send_signal(signal.SIGTERM)
+    run.launcher.wait()
+    newest = sorted((run.output / "checkpoints").glob("step_*"))[-1]
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+
+
+def faults() -> list[Fault]:
+    quick = "engine.timeout_minutes=0.5"
+    return [
+        Fault("SIGTERM to the launcher", lambda run: run.launcher.send_signal(signal.SIGTERM)),
+        Fault("SIGUSR1 to rank 1", of_rank(1, signal.SIGUSR1)),
+        Fault("kill -9 of rank 0", of_rank(0, signal.SIGKILL)),
+        Fault("kill -9 of rank 1", of_rank(1, signal.SIGKILL)),
+        Fault("kill -9 of rank 1, deepspeed", of_rank(1, signal.SIGKILL), launcher=DEEPSPEED),
+        Fault("kill -9 of rank 1, --max-restarts=1", fault=f"kill:1:{FAULT_AT}", overrides=["stages.0.steps=8"],
+              launcher=[*TORCHRUN, "--max-restarts=1"]),
+        Fault("kill -9 of the launcher", lambda run: run.launcher.kill()),
+        Fault("disk full while saving", fault=f"full:0:{FAULT_AT}"),
+        Fault("folder that cannot be written", overrides=["output_dir=/sys/run"]),
+        Fault("file system of checkpoints lost", lambda run: (run.output / "mount").rename(run.output / "gone"),
+              before=mount, after=lambda output: (output / "gone").rename(output / "mount")),
+        Fault("newest checkpoint damaged", damage_newest),
+        Fault("loss not finite", fault=f"nan:1:{FAULT_AT}", overrides=["max_bad_steps=3"]),
+        Fault("rank with another seed", fault="seed:1:0"),
+        Fault("rank that draws another prompt", fault=f"plan:1:{FAULT_AT}"),
+        Fault("rank that stalls", fault=f"stall:1:{FAULT_AT}", overrides=[quick, "engine.stall_minutes=0.1"]),
+        Fault("out of memory", fault=f"memory:1:{FAULT_AT}"),
+        Fault("loader process killed", kill_loader, overrides=["data.workers=1"]),
+    ]  # fmt: skip
+
+
+def start(fault: Fault, config: Path, data: Path, output: Path) -> Started:
+    launcher = fault.launcher
+    if launcher is DEEPSPEED:
+        launcher = [*launcher, "--master_port", str(free_port())]
+    script = ROOT / ("benchmarks/faulty_train.py" if fault.fault else "sam2fast/train.py")
+    command = [*launcher, str(script), "--config", str(config), f"data.root={data}", f"output_dir={output}"]
+    variables = {"FAULT": fault.fault, "FAULT_ONCE": str(output / "killed"), "OMP_NUM_THREADS": "1"}
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    printed = output.with_suffix(".txt")
+    with printed.open("w") as file:
+        process = subprocess.Popen([*command, *fault.overrides], stdout=file, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **variables, "DS_ACCELERATOR": "cpu", "PATH": tools},
+                                   cwd=output.parent)  # fmt: skip
+    return Started(process, output, printed)
+
+
+def row(fault: Fault, config: Path, data: Path, folder: Path) -> list[str]:
+    """Make one fault happen; the cells of the table."""
+    output = folder / "run"
+    output.mkdir(parents=True)
+    if fault.before:
+        fault.before(output)
+    run, processes, began = start(fault, config, data, output), {}, 0.0
+    while run.launcher.poll() is None:
+        try:
+            processes |= {each.pid: each for each in psutil.Process(run.launcher.pid).children(recursive=True)}
+        except psutil.Error:
+            pass
+        if not began and run.step() >= FAULT_AT:
+            began = time.monotonic()
+            if fault.inject:
+                fault.inject(run)
+        time.sleep(0.05)
+    _, alive = psutil.wait_procs(list(processes.values()), timeout=120)
+    took = f"{time.monotonic() - began:.0f} s" if began else "at the start"
+    for each in alive:
+        each.kill()
+    said = messages(run.printed.read_text(), folder) + (["processes had to be killed"] if alive else [])
+    if fault.after:
+        fault.after(output)
+    reached, goes_on, warning = continuation(run)
+    return [fault.name, str(run.launcher.returncode), took, "<br>".join(said + warning), str(reached - goes_on)]
+
+
+def continuation(run: Started) -> tuple[int, int, list[str]]:
+    """The steps that were done, the one where the same command goes on (or where the launcher already made it do so),
+    and what it says of checkpoints."""
+    if went_on := re.search(r"continuing at step (\d+)", run.printed.read_text()):
+        return FAULT_AT, int(went_on[1]), []
+    store = CheckpointStore(run.output, 2, Ranks(0, 1, 0, torch.device("cpu")))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        state, _ = RunFolder(run.output).find_state(store)
+    return run.step(), state.global_step, messages(said.getvalue(), run.output.parent)
+
+
+def messages(printed: str, folder: Path) -> list[str]:
+    """What is for the user among the lines of launcher and ranks, without the paths of this machine."""
+    signs = (
+        "error: ",
+        "watchdog: ",
+        "stopped after",
+        "ends because",
+        "damaged",
+        "update skipped",
+        "continuing at step",
+    )
+    lines = [line for line in printed.splitlines() if any(sign in line for sign in signs)]
+    lines = [line for line in lines if not line.startswith(("[20", "W", "E", "[W", "[E", "Traceback"))]
+    if "Traceback" in printed and not lines:
+        lines.append("a traceback")
+    clean = [line.replace(f"{folder}/", "").replace(os.uname().nodename, "HOST").replace("|", "/") for line in lines]
+    return list(dict.fromkeys(re.sub(r"process \d+", "process PID", line) for line in clean))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="faults whose name contains one of these")
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    args = parser.parse_args()
+    lines = ["| fault | exit code | all ended after | what the user reads | steps lost |", "|---|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = folder / "config.yaml"
+        config.write_text(CONFIG)
+        write_dataset(folder / "data", "sav", 3, seed=1, frames=6, size=(96, 128))
+        for number, fault in enumerate(faults()):
+            if args.only is None or any(text in fault.name for text in args.only):
+                lines.append(f"| {' | '.join(row(fault, config, folder / 'data', folder / str(number)))} |")
+                print(lines[-1], flush=True)
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

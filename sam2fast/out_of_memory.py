@@ -1,0 +1,120 @@
+"""Out of memory: what was being done and what to change, with the planner's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .checkpoint import RunState
+from .config import Config, StageConfig, UserError
+from .data.sample import PackedBatch
+from .memory_plan import GIB, MARGIN, estimate_peak
+from .models.architecture import Architecture
+from .models.sam2 import SAM2
+from .performance import RECOMPUTE_LADDER, RecomputePolicy
+from .step_plan import StepPlan
+
+
+class OutOfMemory(UserError):
+    """A step needs more memory than there is."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a GPU or of the host, is the cause."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+@contextmanager
+def explained(
+    config: Config,
+    state: RunState,
+    plan: StepPlan,
+    batches: Sequence[PackedBatch],
+    model: SAM2,
+    device: torch.device,
+) -> Iterator[None]:
+    """Around a step on `batches`.
+
+    Raises:
+        OutOfMemory: in place of an allocator's error; it says what to change.
+    """
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Here the error, and with it the frames that hold the activations, are gone.
+    clips, objects = [len(batch.sample_ids) for batch in batches], [batch.num_objects for batch in batches]
+    advice = advise(config, state.stage, plan.item, model.arch, str(model.recompute), device)
+    raise OutOfMemory(
+        f"out of memory in step {state.global_step + 1} (stage {plan.stage!r}, dataset {plan.dataset!r}): {reason}. "
+        f"Its micro-batches have {_span(clips)} clips of {plan.frames} frames at {config.model.image_size} pixels with "
+        f"{_span(objects)} objects. {advice}"
+    )
+
+
+def advise(
+    config: Config, stage_index: int, item_index: int, arch: Architecture, recompute: str, device: torch.device
+) -> str:
+    """What needs less memory, each with the memory that a step then needs at most (computed, see memory_plan.py).
+
+    Args:
+        recompute: the policy in use.
+    """
+    stage = config.stages[stage_index]
+    item, where = stage.data[item_index], f"stages.{stage_index}.data.{item_index}"
+
+    def need(policy: str = recompute, changed: dict | None = None, precision: str = config.precision) -> float:
+        entry = item.model_copy(update=changed or {})
+        streams = config.model.bfloat16_streams
+        return MARGIN * estimate_peak(arch, config.model.performance, policy, stage, entry, precision, device, streams)
+
+    now = need()
+    options = [(f"model.recompute={policy}", need(policy)) for policy in _more(recompute)[:1]]
+    if item.batch_size > 1:
+        half = item.batch_size // 2
+        factor = -(-item.batch_size // half) * stage.accumulate
+        changes = f"{where}.batch_size={half} with stages.{stage_index}.accumulate={factor} (the same update)"
+        options.append((changes, need(changed={"batch_size": half})))
+    if item.max_objects > 1:
+        half = item.max_objects // 2
+        options.append((f"{where}.max_objects={half}", need(changed={"max_objects": half})))
+    if fewer := _fewer_frames(stage, item.frames):
+        options.append((f"{where}.frames={fewer}", need(changed={"frames": fewer})))
+    if config.precision == "float32":
+        options.append(("precision=bfloat16", need(precision="bfloat16")))
+    listed = "; ".join(f"{change}: {gib / GIB:.2f} GiB" for change, gib in options if gib < now)
+    return (
+        f"Such a step needs up to {now / GIB:.2f} GiB (computed, with {item.max_objects} objects a clip). Change one "
+        f"or several of: {listed}; or lower model.image_size ({config.model.image_size})"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an allocator says, without its hints and addresses."""
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return text.partition("DefaultCPUAllocator: ")[2] or text
+
+
+def _more(recompute: str) -> list[str]:
+    """Policies of the ladder that recompute more, the next one first."""
+    ladder = [RecomputePolicy.parse(policy) for policy in RECOMPUTE_LADDER]
+    current = RecomputePolicy.parse(recompute)
+    return list(RECOMPUTE_LADDER[ladder.index(current) + 1 :]) if current in ladder else [RECOMPUTE_LADDER[-1]]
+
+
+def _fewer_frames(stage: StageConfig, frames: int) -> int:
+    """Half as many frames, as far as the prompts of the stage allow; 0 where they do not."""
+    fewer = frames // 2
+    return fewer if fewer > 1 and fewer > stage.prompts.init_frames else 0
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
