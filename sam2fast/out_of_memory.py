@@ -73,13 +73,9 @@ def advise(
 
     def need(policy: str) -> float:
         settings, precision = config.model, config.precision
-        return (
-            MARGIN
-            / GIB
-            * estimate_peak(
-                arch, settings.performance, policy, stage, item, precision, device, settings.bfloat16_streams
-            )
-        )
+        performance, streams = settings.performance, settings.bfloat16_streams
+        peak = estimate_peak(arch, performance, policy, stage, item, precision, device, streams)
+        return MARGIN * peak / GIB
 
     options = [f"model.recompute={policy} ({need(policy):.2f} GiB)" for policy in _more(recompute)[:1]]
     if item.batch_size > 1:
@@ -94,8 +90,8 @@ def advise(
         options.append("precision=bfloat16")
     options.append(f"a model.image_size below {config.model.image_size}")
     return (
-        f"Such a step needs up to {need(recompute):.2f} GiB (computed, with {item.max_objects} objects a clip). Change one or "
-        f"several of: {'; '.join(options)}"
+        f"Such a step needs up to {need(recompute):.2f} GiB (computed, with {item.max_objects} objects a clip). Change "
+        f"one or several of: {'; '.join(options)}"
     )
 
 
