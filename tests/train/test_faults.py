@@ -12,7 +12,7 @@ import torch
 from conftest import REPOSITORY, TORCHRUN, TWO_FORKED, command, losses, run, train
 from forked import Launch, environment, kill
 
-FAULTY = str(REPOSITORY / "benchmarks" / "faulty_train.py")
+FAULTY = str(REPOSITORY / "tests" / "train" / "faulty_train.py")
 
 
 def launch(fault: str, config: Path, synthetic: Path, output: Path, *overrides: str) -> Launch:
