@@ -335,6 +335,8 @@ class StageTrainer:
         causes = [text for rank_finite, text in found if not rank_finite] or [text for _, text in found]
         what = f"step {record.step}: loss or gradient not finite, update skipped ({' | '.join(causes)})"
         self.telemetry.warn(what)
+        if state.bad_streak >= limit and not self.ranks.main:
+            raise SystemExit(2)  # rank 0 says why
         if state.bad_streak >= limit:
             raise TrainingError(
                 f"{state.bad_streak} steps in a row had a loss or gradient that is not finite, the last {what}; lower "

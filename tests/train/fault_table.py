@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from sam2fast import train  # noqa: E402, F401  (first: it makes both packages importable)
 from sam2fast.checkpoint import CheckpointStore  # noqa: E402
+from sam2fast.config_file import load_config  # noqa: E402
 from sam2fast.data.synthetic import write_dataset  # noqa: E402
 from sam2fast.parallel import Ranks  # noqa: E402
 from sam2fast.parallel.mesh import free_port  # noqa: E402
@@ -149,9 +150,8 @@ def faults() -> list[Fault]:
     return [
         Fault("SIGTERM to all ranks", lambda run: [rank.send_signal(signal.SIGTERM) for rank in run.ranks()]),
         Fault("SIGTERM to torchrun", lambda run: run.process.send_signal(signal.SIGTERM), launcher=TORCHRUN),
-        Fault("SIGUSR1 to rank 1", of_rank(1, signal.SIGUSR1)),
-        Fault("kill -9 of rank 0", of_rank(0, signal.SIGKILL)),
-        Fault("kill -9 of rank 1", of_rank(1, signal.SIGKILL)),
+        Fault("SIGUSR1 to rank 1, torchrun", of_rank(1, signal.SIGUSR1), launcher=TORCHRUN),
+        Fault("kill -9 of rank 0, torchrun", of_rank(0, signal.SIGKILL), launcher=TORCHRUN),
         Fault("kill -9 of rank 1, torchrun", of_rank(1, signal.SIGKILL), launcher=TORCHRUN),
         Fault("kill -9 of rank 1, deepspeed", of_rank(1, signal.SIGKILL), launcher=DEEPSPEED),
         Fault("kill -9 of rank 1, torchrun --max-restarts=1", fault=f"kill:1:{FAULT_AT}",
@@ -218,11 +218,13 @@ def continuation(run: Started, printed: str) -> tuple[int, int, list[str]]:
     and what it says of checkpoints."""
     if went_on := re.search(r"continuing at step (\d+)", printed):
         return FAULT_AT, int(went_on[1]), []
-    store = CheckpointStore(run.output, 2, Ranks(0, 1, 0, torch.device("cpu")))
+    if not (run.output / "config.yaml").exists():
+        return 0, 0, []  # it did not begin
+    store = CheckpointStore(load_config(run.output / "config.yaml"), Ranks(0, 1, 0, torch.device("cpu")))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         state, _ = RunFolder(run.output).find_state(store)
-    return run.step(), state.global_step, messages(said.getvalue(), run.output.parent)
+    return max(run.step(), FAULT_AT), state.global_step, messages(said.getvalue(), run.output.parent)
 
 
 def messages(printed: str, folder: Path) -> list[str]:
