@@ -213,14 +213,28 @@ class StageConfig(Section):
 class EngineConfig(Section):
     """How gradients meet. `auto`: DeepSpeed under the deepspeed launcher or with zero_stage set, else torch."""
 
-    kind: Literal["auto", "torch", "deepspeed"] = "auto"
+    kind: Literal["auto", "torch", "fsdp", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] | None = None
     deepspeed_config: str | None = None
     """JSON file whose entries override ours (also --deepspeed_config)."""
+    shard_size: Positive | Literal["node"] | None = None
+    """FSDP: ranks that a copy of weights and optimizer state is sharded over. Empty: all; fewer, or `node` for those of
+    a node, is hybrid sharding: gathering stays among them, gradients are averaged over the copies."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients of ranks are added up. bfloat16 sends half the bytes and is not exact."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """How long a rank waits for another before the run ends with an error."""
     stall_minutes: Annotated[float, Field(gt=0)] = 5.0
     """A run that has not moved for as long (at most half of timeout_minutes) says which rank is late, and where."""
+
+    @model_validator(mode="after")
+    def _shards_with_fsdp(self) -> EngineConfig:
+        if self.shard_size is not None and self.kind != "fsdp":
+            raise ValueError(
+                f"engine.shard_size is {self.shard_size} and engine.kind is {self.kind}, but only FSDP has it; set "
+                "engine.kind=fsdp, or remove engine.shard_size"
+            )
+        return self
 
 
 BASELINE_SUFFIX = "_baseline"
@@ -262,6 +276,8 @@ class CheckpointConfig(Section):
 
     every: Positive = 500
     keep: Positive = 2
+    asynchronous: bool = True
+    """Training goes on while a copy of the state is written; the copy takes main memory. false waits for the write."""
     best: str | None = None
     """A validation score, by its tag without `val/` (davis_jf, sa1b_miou): the checkpoint where it was best is kept
     beside the last `keep`; empty keeps none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from .config import Config, ConfigError, Section, nearest
 
 
-def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply dotted overrides (`model.size=tiny`, `stages.0.steps=10`), resolve ${...} and validate.
 
     Raises:
@@ -44,17 +45,25 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
         raise ConfigError(
             f"{source} cannot be read: {reason}; compare it with the configs that ship with sam2fast"
         ) from None
-    return parse_config(values, source=str(path))
+    return parse_config(values, source=str(path), overrides=overrides)
 
 
-def parse_config(values: dict[str, Any], source: str = "config") -> Config:
-    """Validate plain values (see `load_config`)."""
+def parse_config(values: dict[str, Any], source: str = "config", overrides: Sequence[str] = ()) -> Config:
+    """Validate plain values (see `load_config`); `overrides` are those that the values already hold."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         items = error.errors()
         # A list whose entries failed is also reported as too short; the entries say more.
-        lines = [_explain(item) for item in items if item["type"] != "too_short" or not _has_entries(item, items)]
+        items = [item for item in items if item["type"] != "too_short" or not _has_entries(item, items)]
+        causes = [_override_of(item, overrides) for item in items]
+        if any(cause is None for cause in causes):
+            source += " and the command line" if any(causes) else ""
+        else:
+            source = "the command line"
+        lines = [
+            _explain(item) + (f", set by {cause!r}" if cause else "") for item, cause in zip(items, causes, strict=True)
+        ]
         raise ConfigError(f"{source}: " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
@@ -115,6 +124,16 @@ def _has_entries(item: dict[str, Any], items: list[dict[str, Any]]) -> bool:
     """Whether others are about entries of what `item` is about."""
     loc = item["loc"]
     return any(len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in items)
+
+
+def _override_of(item: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """The last override that set what an error is about."""
+    where = [str(part) for part in item["loc"]]
+    for override in reversed(overrides):
+        key = override.partition("=")[0].split(".")
+        if where and key == where[: len(key)]:
+            return override
+    return None
 
 
 def _explain(item: dict[str, Any]) -> str:

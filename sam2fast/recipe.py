@@ -91,7 +91,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     HERE.go("opening the data")
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
-    store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
+    store = CheckpointStore(config, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
     state, checkpoint = ranks.broadcast(
         ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow=True)
@@ -123,6 +123,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
             _train_stage(shared, state, checkpoint)
             checkpoint = None
     finally:
+        store.close()
         progress.close()
         log.close()
     HERE.go("writing the export", step=state.global_step)

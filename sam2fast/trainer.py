@@ -127,8 +127,7 @@ class StageTrainer:
         self.store, self.telemetry, self.validate = store, telemetry, validate
         self.loss = SegmentationLoss(self.stage.loss)
         self.planner = StepPlanner(self.stage, config.seed, state.stage)
-        self.plan = self.planner.plan(state.step)
-        """Of the step that comes next, or that is being done."""
+        self.plan = self.planner.plan(state.step)  # of the step that comes next, or that is being done
         self.entries, self.datasets = entries, datasets
         self.bad_records, self.stop, self.decoder = bad_records, stop, decoder
         self.unshared: list[BadRecord] = []
@@ -190,10 +189,12 @@ class StageTrainer:
                 if saving or signal:
                     path = self._save()
                 if signal:
+                    self.store.wait()
                     raise Stopped(
                         f"{signal}: stopped after step {state.global_step}, which is saved in {path}; the same command "
                         f"continues (exit code {EXIT_STOPPED})"
                     )
+            self.store.wait()
         finally:
             for loader in self.loaders.values():
                 loader.close()

@@ -81,6 +81,20 @@ def test_values_left_to_the_user_are_named() -> None:
         load_config(CONFIGS / "quickstart_davis.yaml")
 
 
+def test_mistakes_are_blamed_on_who_made_them(minimal: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["stages.0.steps=-1", "stages.0.steps=many", "model.sise=tiny"])
+    text = str(caught.value)
+    assert text.startswith("the command line: ") and str(minimal) not in text
+    assert "'stages.0.steps=many'" in text and "=-1" not in text and "set by 'model.sise=tiny'" in text
+    minimal.write_text(minimal.read_text() + "colour: red\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["model.sise=tiny", "seed=1"])
+    text = str(caught.value)
+    assert text.startswith(f"{minimal} and the command line: ") and "set by 'model.sise=tiny'" in text
+    assert "unknown key 'colour'" in text and "seed=1" not in text
+
+
 @pytest.mark.parametrize("text", ["", "- a list", "name: [unclosed", "name: ${nowhere}", "just text"])
 def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"

@@ -18,8 +18,10 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,8 @@ from torch import Tensor
 
 from sam2fast.config import AugmentConfig, MixItem
 from sam2fast.data.augment import FILL, color_matrix
+from sam2fast.data.dali import PACKAGE, DaliDecoder, is_installed
+from sam2fast.data.dali_plan import EncodedBatch, assemble
 from sam2fast.data.files import decode_image, read_bytes
 from sam2fast.data.masks import FrameMasks
 from sam2fast.data.render import SamplePlan, render
@@ -177,7 +181,41 @@ class Pil(Pipeline):
         return dict(zip(STAGES, (read, decode, decode_masks, augment, batch, copy), strict=True))
 
 
-PIPELINES: dict[str, Pipeline] = {"pil": Pil(), "opencv": OpenCV()}
+class Dali(Pipeline):
+    """DALI on the CPU. One graph decodes and augments, so only `read` (with `masks` in it) and `decode` (with all that
+    follows) can be told apart."""
+
+    def __init__(self) -> None:
+        self._encoded: deque[EncodedBatch] = deque()
+        self._decoder = DaliDecoder(torch.device("cpu"), prefetch=0)
+        self._batches = self._decoder.decode(self._encoded.popleft() for _ in count())
+
+    def stages(self, inputs: Inputs, number: int) -> Work:
+        state = {}
+
+        def read() -> None:
+            self._encoded.append(assemble([self._decoder.encode(inputs.plans[number])]))
+
+        def decode() -> None:
+            state["batch"] = next(self._batches)
+
+        def copy() -> None:
+            _share(state["batch"].frames, state["batch"].packed_masks)
+
+        def nothing() -> None:
+            pass
+
+        return dict(zip(STAGES, (read, decode, nothing, nothing, nothing, copy), strict=True))
+
+    def full(self, inputs: Inputs, number: int) -> Outputs:
+        plan = inputs.dataset.plan(number)
+        self._encoded.append(assemble([self._decoder.encode(plan)]))
+        batch = next(self._batches).to("cpu")
+        return {"frames": batch.frames, "masks": batch.masks}
+
+
+def _no_dali(device: torch.device) -> str | None:
+    return None if is_installed() else f"{PACKAGE} is not installed"
 
 
 class DataloaderCase(Case):
@@ -188,7 +226,7 @@ class DataloaderCase(Case):
     check_shape = "finetune-2x3@256"
     baseline = "pil"
     differentiable = False
-    providers = {name: Provider(lambda run=run: run) for name, run in PIPELINES.items()}
+    providers = {"pil": Provider(Pil), "opencv": Provider(OpenCV), "dali": Provider(Dali, obstacle=_no_dali)}
     tolerance = 5.0
     """Mean difference of frames in levels of 256. PIL resamples twice and rounds at each of eight steps."""
     smallest_iou = 0.9

@@ -38,7 +38,7 @@ def choose_backend(backend: Literal["auto", "opencv", "dali"], device: torch.dev
     Raises:
         ConfigError: `dali` is not installed, or has no version for this kind of device.
     """
-    installed = _is_installed()
+    installed = is_installed()
     if backend == "auto":
         return "dali" if installed and device.type == "cuda" else "opencv"
     if backend == "dali" and not installed:
@@ -49,7 +49,8 @@ def choose_backend(backend: Literal["auto", "opencv", "dali"], device: torch.dev
     return backend
 
 
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Whether DALI can be imported."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # of the package above

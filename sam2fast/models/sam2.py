@@ -154,6 +154,11 @@ class SAM2(nn.Module):
         """From now on the sizes of a training step follow from the shapes of its batch and its plan alone."""
         self.image_encoder.trunk.fixed_sizes = True
 
+    def blocks_run_once(self) -> list[nn.Module]:
+        """Modules that run once in a training step, in the order of their calls, each the only reader of its weights:
+        an engine may gather these for the call alone. All else runs once for every frame or click."""
+        return list(self.image_encoder.trunk.blocks)
+
     def constant_tables(self) -> list[Tensor]:
         """Tensors that steps read beside inputs, parameters and buffers."""
         caches = (part for module in self.modules() for part in vars(module).values() if isinstance(part, TableCache))

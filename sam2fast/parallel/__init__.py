@@ -1,16 +1,20 @@
 """Process groups and training engines."""
 
 from .agreement import StepAgreement
+from .background import BackgroundRanks
 from .cuda_graphs import CudaCapture, GraphedSteps
 from .engine import Engine, StepResult, build_engine
 from .mesh import Ranks, setup, teardown
 from .place import HERE
+from .state import EngineState
 from .watchdog import LostRankError, Watchdog
 
 __all__ = [
     "HERE",
+    "BackgroundRanks",
     "CudaCapture",
     "Engine",
+    "EngineState",
     "GraphedSteps",
     "LostRankError",
     "Ranks",

@@ -240,7 +240,7 @@ def _obstacle(config: Config, recompute: str, device: torch.device) -> str | Non
     if device.type != "cuda":
         return f"needs a GPU, and this run is on the device {device.type!r}: set device=cuda"
     if resolve_kind(config.engine) != "torch":
-        return "works with the torch engine alone, DeepSpeed's hooks cannot be recorded: set engine.kind=torch"
+        return "works with the torch engine alone, the hooks of others cannot be recorded: set engine.kind=torch"
     if config.precision == "float16":
         return "has no loss scale, which precision=float16 needs: set precision=bfloat16"
     if model.offload_activations:

@@ -6,14 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
 from .mesh import Ranks
+from .state import EngineState
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Engine(Protocol):
 
     module: nn.Module
     layout: dict[str, Any]
-    """What a checkpoint must agree with to be loaded: kind, precision, sharding and sizes of the optimizer groups."""
+    """Kind, precision and sharding, for messages; a checkpoint of any is read by any."""
 
     def forward(self, *args: Any) -> Any:
         """Run the module under the engine's precision."""
@@ -42,15 +43,19 @@ class Engine(Protocol):
     def step(self, lr_scale: float) -> StepResult:
         """Clip, update with every group's base rate times `lr_scale`, and clear the gradients."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into `folder` (called on every rank).
+    def state(self) -> EngineState:
+        """This rank's share of the state, which may alias that of the engine (called on every rank)."""
+
+    def load_state(self, state: EngineState) -> None:
+        """Take over a state that any engine gave, on any number of ranks (called on every rank). What it says of rates
+        and weight decay stays as the configuration has it.
+
+        Args:
+            state: whole, in main memory; of what `state()` gives as DTensors, DTensors like those. It is used up.
 
         Raises:
-            OSError, RuntimeError: a file of this rank could not be written (`is_write_error`); collectives are done.
+            UserError: this engine cannot represent it.
         """
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights on the CPU, on every rank."""
@@ -82,18 +87,22 @@ def build_engine(
         from .zero import DeepSpeedEngine
 
         return DeepSpeedEngine(config, optim, ranks, module, groups, precision, accumulate, rebuild)
-    if config.zero_stage or config.deepspeed_config:
+    if config.zero_stage is not None or config.deepspeed_config:
         raise ConfigError(
-            "engine.kind is torch, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+            f"engine.kind is {kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
             "set engine.kind=deepspeed"
         )
+    if kind == "fsdp":
+        from .fsdp import FSDPEngine
+
+        return FSDPEngine(config, optim, ranks, module, groups, precision, rebuild)
     from .ddp import TorchEngine
 
-    return TorchEngine(optim, ranks, module, groups, precision)
+    return TorchEngine(optim, ranks, module, groups, precision, config.reduce_dtype)
 
 
 def resolve_kind(config: EngineConfig) -> str:
-    """`torch` or `deepspeed`, with `auto` decided by the settings and the launcher."""
+    """`torch`, `fsdp` or `deepspeed`, with `auto` decided by the settings and the launcher."""
     if config.kind != "auto":
         return config.kind
     # The deepspeed launcher sets both, torchrun neither.
@@ -147,29 +156,43 @@ def clip_on_device(params: list[nn.Parameter], max_norm: float | None) -> StepRe
 
 
 def clip_within_update(
-    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None
+    optimizer: torch.optim.Optimizer,
+    params: list[nn.Parameter],
+    max_norm: float | None,
+    shards: dist.ProcessGroup | None = None,
+    loss_scale: Tensor | None = None,
 ) -> StepResult:
     """Let the next `step()` of a fused optimizer scale gradients to at most `max_norm` (L2 over all) as it reads them,
-    and leave out the update where they are not finite. The norm is not read on the host."""
-    result = _measure(params)
+    and leave out the update where they are not finite. The norm is not read on the host.
+
+    Args:
+        shards: the ranks that together have all gradients, where every one has some.
+        loss_scale: the factor in all gradients.
+    """
+    result = _measure(params, shards)
+    if loss_scale is not None:
+        result.grad_norm = result.grad_norm / loss_scale
     optimizer.found_inf = result.skipped
     # The same factor as that of `clip_grads_with_norm_`; gradients are divided by it.
-    optimizer.grad_scale = None if max_norm is None else ((result.grad_norm + 1e-6) / max_norm).clamp(min=1.0)
+    divisor = None if max_norm is None else ((result.grad_norm + 1e-6) / max_norm).clamp(min=1.0)
+    optimizer.grad_scale = divisor if loss_scale is None else loss_scale * (1.0 if divisor is None else divisor)
     return result
 
 
-def _measure(params: list[nn.Parameter]) -> StepResult:
+def _measure(params: list[nn.Parameter], shards: dist.ProcessGroup | None = None) -> StepResult:
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if shards is not None:
+        squares = norm.to(params[0].device).square()  # the norm of no gradients is on the CPU
+        dist.all_reduce(squares, group=shards)
+        norm = squares.sqrt()
     return StepResult(norm, (~torch.isfinite(norm)).float())
 
 
-GROUP_SETTINGS = ("base_lr", "weight_decay", "betas", "eps")
-
-
-def group_settings(groups: list[dict]) -> list[dict[str, Any]]:
-    """What the configuration says of each optimizer group; loading a state would bring back the values it was saved
-    with."""
-    return [{name: group[name] for name in GROUP_SETTINGS} for group in groups]
+def broadcast_weights(module: nn.Module, ranks: Ranks) -> None:
+    """Parameters and buffers of rank 0 on every rank."""
+    if ranks.world_size > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.data, src=0)
 
 
 def set_rates(groups: list[dict], lr_scale: float) -> None:

@@ -105,6 +105,32 @@ def test_counts(written, tmp_path):
     assert report["frame_rates"] == {"24.0": 4} and report["annotated_frames"] == {"9": 4}
 
 
+def test_a_second_format_in_the_folder_is_a_warning(data, tmp_path):
+    shutil.copytree(data / "sa1b", data / "sav", dirs_exist_ok=True)
+    code, report = check(data / "sav", tmp_path / "out", "--format", "sav")
+    assert code == 0 and report["total"] == ITEMS["sav"]
+    assert re.search("read as sav and also holds what looks like sa1b", reasons(report, warnings=True)[""])
+
+
+def test_annotations_that_end_early_are_a_warning(data, tmp_path):
+    path = sorted((data / "sav").glob("*_manual.json"))[0]
+    content = json.loads(path.read_text())
+    content["masklet"] = content["masklet"][:4]
+    path.write_text(json.dumps(content))
+    code, report = check(data / "sav", tmp_path / "out")
+    found = reasons(report, warnings=True)
+    name = path.name.removesuffix("_manual.json")
+    assert code == 0 and "has 33 frames and is annotated up to frame 12" in found[name] and len(found) == 1
+
+
+@pytest.mark.parametrize("lost", ["Annotations", "JPEGImages"])
+def test_half_of_a_video_folder(data, tmp_path, capsys, lost):
+    shutil.rmtree(data / "video_folder" / lost)
+    assert cli.main(["check-data", str(data / "video_folder"), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{lost} is missing" in error and "SA-1B" not in error
+
+
 def _area(rle: dict) -> int:
     from pycocotools import mask
 

@@ -231,13 +231,13 @@ def test_backend_is_chosen_or_refused(monkeypatch):
     datasets = {"x": DatasetConfig(root="x")}
     assert DataConfig(datasets=datasets).backend == "opencv" and choose_backend("auto", CPU) == "opencv"
     assert choose_backend("opencv", cuda) == "opencv"
-    monkeypatch.setattr(dali, "_is_installed", lambda: True)
+    monkeypatch.setattr(dali, "is_installed", lambda: True)
     assert choose_backend("auto", cuda) == "dali" and choose_backend("dali", CPU) == "dali"
     decoder = build_decoder("dali", DataConfig(datasets=datasets, dali_prefetch=3, workers=0), CPU)
     assert decoder == DaliDecoder(CPU, prefetch=3, threads=1)
     with pytest.raises(ConfigError, match=r"data\.backend=dali works on cuda and cpu, not on mps"):
         choose_backend("dali", torch.device("mps"))
-    monkeypatch.setattr(dali, "_is_installed", lambda: False)
+    monkeypatch.setattr(dali, "is_installed", lambda: False)
     assert choose_backend("auto", cuda) == "opencv"
     with pytest.raises(ConfigError, match=r"data\.backend=dali needs nvidia-dali-cuda130"):
         choose_backend("dali", cuda)

@@ -138,7 +138,7 @@ def test_sav_defects_are_named(tmp_path, write_video):
             [record.masks(frame) for frame in record.annotated]
         assert "sav_000001_manual.json" in str(error.value) and "exclude" in str(error.value)
     (tmp_path / "sav_000001.mp4").unlink()
-    with pytest.raises(DataError, match=r"1 annotated videos have no mp4 .*needs sav_000001\.mp4"):
+    with pytest.raises(DataError, match=r"1 annotated video without an mp4 .*needs sav_000001\.mp4"):
         open_at(tmp_path)
     with pytest.raises(DataError, match=r"no \*_auto\.json in .*sav_annotations"):
         open_at(tmp_path, sav_annotations="auto")
@@ -226,7 +226,7 @@ def test_tar_files_that_were_cut_off(tmp_path):
 def test_real_sa1b_files_without_their_partners(shared_data):
     with pytest.raises(DataError, match=r"2 annotations have no image: sa_3032002, sa_560"):
         open_at(shared_data / "sa1b")
-    with pytest.raises(DataError, match=r"no mp4 .*sav_000001_manual\.json needs sav_000001\.mp4"):
+    with pytest.raises(DataError, match=r"without an mp4 .*sav_000001_manual\.json needs sav_000001\.mp4"):
         open_at(shared_data / "sav")
 
 

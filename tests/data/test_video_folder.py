@@ -126,7 +126,7 @@ def test_masks_without_frames(video_folder):
     with pytest.raises(DataError, match=r"mask .*a/00002\.png has no frame of that name in .*holds 3 frames"):
         list(record.annotated)
     shutil.rmtree(root / "JPEGImages/b")
-    with pytest.raises(DataError, match=r"1 videos have masks in .* but no frames in .*: b; .*exclude"):
+    with pytest.raises(DataError, match=r"1 video with masks in .* but no frames in .*: b; .*exclude"):
         open_folder(root)
     assert len(open_folder(root, exclude=("b",))) == 1
     shutil.rmtree(root / "Annotations")

@@ -112,13 +112,13 @@ def make_batch(kind: str, side: int = 64, seed: int = 0) -> Batch:
 
 
 class Steps:
-    """Engine and graphs of one model on a GPU, in bfloat16."""
+    """Engine and graphs of one model on a GPU."""
 
-    def __init__(self, rate: float, graphs: bool) -> None:
+    def __init__(self, rate: float, graphs: bool, precision: str = "bfloat16") -> None:
         self.device = torch.device("cuda")
         self.model = build("cuda", rate, side=256)
         groups = build_groups(self.model, OptimConfig())
-        self.engine = TorchEngine(OptimConfig(), Ranks(0, 1, 0, self.device), self.model, groups, "bfloat16")
+        self.engine = TorchEngine(OptimConfig(), Ranks(0, 1, 0, self.device), self.model, groups, precision)
         self.loss = SegmentationLoss(LossConfig())
         self.graphs = None
         if graphs:
@@ -158,9 +158,18 @@ def deterministic(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_replays_give_the_losses_and_gradients_of_eager_steps(deterministic, rate: float) -> None:
+@pytest.mark.parametrize(
+    # Products may be added up in another order in a recording. In bfloat16 that turns the sign of some hidden units,
+    # and changes single gradients by up to a fifth (the difference between float32 and bfloat16).
+    "precision, losses, gradients",
+    [("float32", 1e-4, 1e-3), ("bfloat16", 1e-2, 5e-2)],
+)
+def test_replays_give_the_losses_and_gradients_of_eager_steps(
+    deterministic, rate: float, precision: str, losses: float, gradients: float
+) -> None:
     """Over updates, kinds that take turns and batches that differ; with dropout too, as the seeds are the same."""
-    eager, graphed = Steps(rate, graphs=False), Steps(rate, graphs=True)
+    eager, graphed = Steps(rate, graphs=False, precision=precision), Steps(rate, graphs=True, precision=precision)
+    parameters = dict(eager.model.named_parameters())
     kinds = ["mask", "points", "image"] * 4
     for number, kind in enumerate(kinds):
         batch = make_batch(kind, 256, seed=number)
@@ -168,9 +177,12 @@ def test_replays_give_the_losses_and_gradients_of_eager_steps(deterministic, rat
         # change its sign, and a click its place.
         eager.model.load_state_dict(graphed.model.state_dict())
         want, found = eager.run(kind, batch, number, update=False), graphed.run(kind, batch, number)
-        for name, value in want.items():
-            error, scale = (found[name] - value).abs().max().item(), max(value.abs().max().item(), 1e-3)
-            assert error <= 2e-2 * scale, (number, kind, name, error, scale)
+        for name in want.keys() - parameters.keys():
+            assert found[name].item() == pytest.approx(want[name].item(), rel=losses, abs=losses), (number, kind, name)
+        # By length: some gradients, such as those of the biases of keys, are nothing but rounding.
+        errors = {name: (found[name] - want[name]).norm().item() for name in parameters}
+        length = torch.stack([want[name].norm() for name in parameters]).norm().item()
+        assert max(errors.values()) <= gradients * length, (number, kind, max(errors, key=errors.get), length)
     assert graphed.graphs.replayed_share() == 0.5
 
 

@@ -71,6 +71,7 @@ def inspect(record: VideoRecord, index: int = 0) -> ItemReport:
             notes.defects.append(Defect(record.name, "other errors", f"{type(error).__name__}: {error}"))
         if report.objects and not any(report.objects) and not notes.defects:
             notes.warning("without any visible object", f"no object is visible in {report.name}")
+        _note_early_end(record, report, notes)
         if report.masklets and report.masklets == report.seen_once:
             notes.warning(
                 "with every object in a single frame",
@@ -118,6 +119,20 @@ def _inspect_masks(record: VideoRecord, report: ItemReport, notes: Collected) ->
     report.masklets = len(seen)
     report.seen_once = sum(len(positions) == 1 for positions in seen.values()) if len(annotated) > 1 else 0
     report.returning = sum(positions[-1] - positions[0] >= len(positions) for positions in seen.values())
+
+
+def _note_early_end(record: VideoRecord, report: ItemReport, notes: Collected) -> None:
+    """Annotations that stop long before the video does: perhaps of another cut of it, or written halfway."""
+    if report.annotated < 2 or notes.defects:
+        return
+    annotated = record.annotated
+    widest = max(after - before for before, after in zip(annotated, annotated[1:], strict=False))
+    if report.num_frames - 1 - annotated[-1] > 2 * widest:
+        notes.warning(
+            "annotated up to a part only",
+            f"{report.name} has {report.num_frames} frames and is annotated up to frame {annotated[-1]}; the frames "
+            "after it are not used",
+        )
 
 
 def _fold(defects: list[Defect]) -> list[Defect]:

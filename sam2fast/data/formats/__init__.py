@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...config import DatasetConfig
+from ..defects import is_collecting, note_warning
 from ..files import IMAGE_SUFFIXES, list_files
 from ..sample import DataError, Dataset
 from .selection import shorten
@@ -32,6 +34,8 @@ def open_dataset(config: DatasetConfig, name: str, seed: int) -> Dataset:
             Defects inside a file are raised when a record reads it.
     """
     config = resolve(config, name)
+    if is_collecting():
+        _note_other_formats(config)
     if config.format == "video_folder":
         from .video_folder import open_video_folder as opener
     elif config.format == "sav":
@@ -66,7 +70,7 @@ def resolve(config: DatasetConfig, name: str) -> DatasetConfig:
 
 
 def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
-    from .video_folder import find_folders
+    from .video_folder import find_folders, missing_half
 
     if config.annotations and config.annotations.endswith(".json"):
         return "coco"
@@ -74,9 +78,15 @@ def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
         return "video_folder"
     for place in (config.root, config.annotations):
         if place and Path(place).is_dir():
-            found = _format_of_files(Path(place))
+            found = next(_formats_of_files(Path(place)), None)
             if found:
                 return found
+    if lost := missing_half(root):
+        raise DataError(
+            f"dataset {name!r}: cannot recognize the format of {root}, which holds {_contents(root)}; for a folder of "
+            f"videos {lost} is missing: add it, or set `root` to the folder of frames and `annotations` to that of "
+            "masks"
+        )
     if images := next(iter(list_files(root, IMAGE_SUFFIXES)), None):
         path = images[0] / images[1][0]
         raise DataError(
@@ -90,8 +100,23 @@ def _recognize(root: Path, config: DatasetConfig, name: str) -> str:
     )
 
 
-def _format_of_files(root: Path) -> str | None:
-    """The format that the names of JSON and tar files below a folder speak for."""
+def _note_other_formats(config: DatasetConfig) -> None:
+    from .video_folder import find_folders
+
+    root = Path(config.root)
+    found = dict.fromkeys(_formats_of_files(root)) | ({"video_folder": None} if find_folders(config) else {})
+    others = [name for name in found if name != config.format]
+    if others:
+        what = " and ".join(f"{name} ({LAYOUTS[name].partition(' (')[0]})" for name in others)
+        reason = (
+            f"{root} is read as {config.format} and also holds what looks like {what}; give each format a folder and a "
+            "dataset of its own, or say which is meant with `format`"
+        )
+        note_warning("data of another format, which is not used", {"": reason})
+
+
+def _formats_of_files(root: Path) -> Iterator[str]:
+    """The formats that the names of JSON and tar files speak for, of one folder below `root` after the other."""
     patterns = (
         ("*_manual.json", "sav"),
         ("*_auto.json", "sav"),
@@ -100,12 +125,12 @@ def _format_of_files(root: Path) -> str | None:
         ("instances*.json", "coco"),
     )
     for folder, files in list_files(root, (".json", ".tar")):
-        for pattern, format_name in patterns:
-            if fnmatch.filter(files, pattern):
-                return format_name
-        if any((folder / file).with_suffix(suffix).is_file() for file in files[:100] for suffix in IMAGE_SUFFIXES):
-            return "sa1b"
-    return None
+        found = [format_name for pattern, format_name in patterns if fnmatch.filter(files, pattern)]
+        yield from found
+        if not found and any(
+            (folder / file).with_suffix(suffix).is_file() for file in files[:100] for suffix in IMAGE_SUFFIXES
+        ):
+            yield "sa1b"
 
 
 def _missing_folder(root: Path, format_name: str, name: str) -> str:

@@ -20,7 +20,7 @@ from ..files import Packed, WarnOnce, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
-from .selection import select, shorten
+from .selection import counted, select, shorten
 
 AUTO_ID_OFFSET = 1000
 """Added to the ids of automatic masklets, which count from 0 as those of the manual ones do."""
@@ -185,7 +185,7 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     lost = [video for video in names if video not in videos]
     if lost:
         error = DataError(
-            f"dataset {name!r}: {len(lost)} annotated videos have no mp4 in {root}: {shorten(lost)} "
+            f"dataset {name!r}: {counted(len(lost), 'annotated video')} without an mp4 in {root}: {shorten(lost)} "
             f"({jsons[lost[0]][0]} needs {lost[0]}.mp4); add the videos, or name them in `exclude`"
         )
         needs = {video: f"{jsons[video][0]} needs {video}.mp4, which is not in {root}" for video in lost}

@@ -20,7 +20,7 @@ from ..defects import is_collecting, note_warning, report, tolerated
 from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, check_image, decode_image, decode_labels, image_size, read_bytes
 from ..masks import FrameMasks, check_size, label_masks
 from ..sample import DataError, SizeMismatch
-from .selection import select, shorten
+from .selection import counted, select, shorten
 
 _PAIRS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"), ("images", "masks"))
 """Names of the folders of frames and masks: DAVIS and its successors, SA-V val and test, and a common plain one."""
@@ -174,7 +174,7 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
     lost = [video for video in names if video not in frames]
     if lost:
         error = DataError(
-            f"dataset {name!r}: {len(lost)} videos have masks in {masks_root} but no frames in "
+            f"dataset {name!r}: {counted(len(lost), 'video')} with masks in {masks_root} but no frames in "
             f"{frames_root}: {shorten(lost)}; add the frames, or name the videos in `exclude`"
         )
         needs = {video: f"{masks[video]} has masks, but {frames_root / video} no frames" for video in lost}
@@ -201,6 +201,15 @@ def find_folders(config: DatasetConfig) -> tuple[Path, Path] | None:
     for frames, masks in pairs:
         if frames.is_dir() and masks.is_dir() and (not config.annotations or _has_png(masks)):
             return _descend(frames), _descend(masks)
+    return None
+
+
+def missing_half(root: Path) -> Path | None:
+    """The folder that is missing where `root` holds the frames or the masks of videos alone."""
+    for frames, masks in ((root / frames, root / masks) for frames, masks in _PAIRS):
+        for there, lost in ((frames, masks), (masks, frames)):
+            if not lost.exists() and there.is_dir() and _subfolders(there):
+                return lost
     return None
 
 
