@@ -62,7 +62,8 @@ def explained(
 def advise(
     config: Config, stage_index: int, item_index: int, arch: Architecture, recompute: str, device: torch.device
 ) -> str:
-    """What needs less memory, each with the memory that a step then needs at most (computed, see memory_plan.py).
+    """What to change. With what a step needs now, and would with more recomputed (at most, computed: memory_plan.py; a
+    number takes seconds, so there are two).
 
     Args:
         recompute: the policy in use.
@@ -70,29 +71,27 @@ def advise(
     stage = config.stages[stage_index]
     item, where = stage.data[item_index], f"stages.{stage_index}.data.{item_index}"
 
-    def need(policy: str = recompute, changed: dict | None = None, precision: str = config.precision) -> float:
-        entry = item.model_copy(update=changed or {})
-        streams = config.model.bfloat16_streams
-        return MARGIN * estimate_peak(arch, config.model.performance, policy, stage, entry, precision, device, streams)
+    def need(policy: str) -> float:
+        settings, precision = config.model, config.precision
+        performance, streams = settings.performance, settings.bfloat16_streams
+        peak = estimate_peak(arch, performance, policy, stage, item, precision, device, streams)
+        return MARGIN * peak / GIB
 
-    now = need()
-    options = [(f"model.recompute={policy}", need(policy)) for policy in _more(recompute)[:1]]
+    options = [f"model.recompute={policy} ({need(policy):.2f} GiB)" for policy in _more(recompute)[:1]]
     if item.batch_size > 1:
         half = item.batch_size // 2
         factor = -(-item.batch_size // half) * stage.accumulate
-        changes = f"{where}.batch_size={half} with stages.{stage_index}.accumulate={factor} (the same update)"
-        options.append((changes, need(changed={"batch_size": half})))
+        options.append(f"{where}.batch_size={half} with stages.{stage_index}.accumulate={factor} (the same update)")
     if item.max_objects > 1:
-        half = item.max_objects // 2
-        options.append((f"{where}.max_objects={half}", need(changed={"max_objects": half})))
+        options.append(f"{where}.max_objects={item.max_objects // 2}")
     if fewer := _fewer_frames(stage, item.frames):
-        options.append((f"{where}.frames={fewer}", need(changed={"frames": fewer})))
+        options.append(f"{where}.frames={fewer}")
     if config.precision == "float32":
-        options.append(("precision=bfloat16", need(precision="bfloat16")))
-    listed = "; ".join(f"{change}: {gib / GIB:.2f} GiB" for change, gib in options if gib < now)
+        options.append("precision=bfloat16")
+    options.append(f"a model.image_size below {config.model.image_size}")
     return (
-        f"Such a step needs up to {now / GIB:.2f} GiB (computed, with {item.max_objects} objects a clip). Change one "
-        f"or several of: {listed}; or lower model.image_size ({config.model.image_size})"
+        f"Such a step needs up to {need(recompute):.2f} GiB (computed, with {item.max_objects} objects a clip). Change "
+        f"one or several of: {'; '.join(options)}"
     )
 
 

@@ -127,8 +127,7 @@ class StageTrainer:
         self.store, self.telemetry, self.validate = store, telemetry, validate
         self.loss = SegmentationLoss(self.stage.loss)
         self.planner = StepPlanner(self.stage, config.seed, state.stage)
-        self.plan = self.planner.plan(state.step)
-        """Of the step that comes next, or that is being done."""
+        self.plan = self.planner.plan(state.step)  # of the step that comes next, or that is being done
         self.entries, self.datasets = entries, datasets
         self.bad_records, self.stop, self.decoder = bad_records, stop, decoder
         self.unshared: list[BadRecord] = []
@@ -337,6 +336,8 @@ class StageTrainer:
         causes = [text for rank_finite, text in found if not rank_finite] or [text for _, text in found]
         what = f"step {record.step}: loss or gradient not finite, update skipped ({' | '.join(causes)})"
         self.telemetry.warn(what)
+        if state.bad_streak >= limit and not self.ranks.main:
+            raise SystemExit(2)  # rank 0 says why
         if state.bad_streak >= limit:
             raise TrainingError(
                 f"{state.bad_streak} steps in a row had a loss or gradient that is not finite, the last {what}; lower "

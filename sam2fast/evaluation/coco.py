@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..data.sample import DataError, Dataset, VideoRecord
 from ..models.sam2 import SAM2
+from ..parallel import HERE
 from .metrics import region_similarity
 
 PromptKind = Literal["click", "box"]
@@ -134,6 +135,7 @@ def _evaluate_image(model: SAM2, record: VideoRecord, prompt: PromptKind) -> Ima
     result = ImageScore(record.name, record.size, [], [], [], [])
     object_ids = list(masks)
     for start in range(0, len(object_ids), _OBJECTS_AT_ONCE):
+        HERE.touch()
         targets = [masks[object_id] for object_id in object_ids[start : start + _OBJECTS_AT_ONCE]]
         points = _prompt_points(targets, prompt, side, device)
         selected = features.select(torch.zeros(len(targets), dtype=torch.long, device=device))

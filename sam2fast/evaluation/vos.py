@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.sample import DataError, Dataset, VideoRecord
+from ..parallel import HERE
 from .metrics import boundary_accuracy, region_similarity, scored_frames
 from .propagation import propagate
 
@@ -145,6 +146,7 @@ def _evaluate_video(
     with_masks, absent = set(annotated), np.zeros(record.size, bool)
     frames = _FrameReader(record, num_frames)
     for index, logits in propagator(model, frames, prompts, num_frames):
+        HERE.touch()
         image = frames.take(index)
         predictions = {object_id: _to_mask(value, record.size) for object_id, value in logits.items()}
         copies = {object_id: mask for object_id, (first, mask) in prompts.items() if first <= index}

@@ -152,7 +152,7 @@ def find_cause(found: Sequence[Sighting], hang: bool = True) -> tuple[str, str]:
     late = [each for each in running if each.sequence == behind]
     waiting = [each for each in running if each.sequence > behind]
     if not waiting:
-        return "all ranks", f"all ranks are {late[0].where}: the network between them, or a device, hangs"
+        return "all ranks", f"all ranks are {late[0].where}: it takes long, or the network or a device hangs"
     places = dict.fromkeys(each.where for each in waiting)
     verb = "waits" if len(waiting) == 1 else "wait"
     return _name(late), (

@@ -60,7 +60,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         ({"silent": True}, "rank 1", "does not answer any more"),
         ({"ended": "out of memory"}, "rank 1", "ended with its own error: out of memory"),
         ({"ended": DONE}, "the other ranks", "rank 1 ended before"),
-        ({}, "all ranks", "the network between them, or a device, hangs"),
+        ({}, "all ranks", "it takes long, or the network or a device hangs"),
     ],
 )
 def test_the_cause_is_found(change: dict, name: str, said: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import REPOSITORY, TORCHRUN, TWO_FORKED, command, losses, run, train
 from forked import Launch, environment, kill
 
-FAULTY = str(REPOSITORY / "benchmarks" / "faulty_train.py")
+FAULTY = str(REPOSITORY / "tests" / "train" / "faulty_train.py")
 
 
 def launch(fault: str, config: Path, synthetic: Path, output: Path, *overrides: str) -> Launch:
@@ -57,9 +57,9 @@ def test_out_of_memory_says_what_to_change(exact_config: Path, synthetic: Path, 
         "out of memory in step 2 (stage 'video', dataset 'videos')",
         "2 clips of 3 frames at 64 pixels",
         "GiB (computed, with 2 objects a clip)",
-        "model.recompute=decoder+trunk+selective: ",
-        "stages.0.data.0.batch_size=1 with stages.0.accumulate=2 (the same update): ",
-        "stages.0.data.0.max_objects=1: ",
+        "model.recompute=decoder+trunk+selective (",
+        "stages.0.data.0.batch_size=1 with stages.0.accumulate=2 (the same update); ",
+        "stages.0.data.0.max_objects=1; precision=bfloat16; ",
     ):
         assert text in own, own
     assert "rank 1 (process" in other and "its own error: out of memory in step 2" in other

@@ -1,7 +1,7 @@
 """Injects faults into short runs of two ranks and prints what happened: exit code, seconds until all processes had
 ended, what the user read, and how many steps are lost when the same command goes on.
 
-    python benchmarks/faults.py [--only NAME ...] [--out FILE.md]
+    python tests/train/fault_table.py [--only NAME ...] [--out FILE.md]
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from forked import Launch, environment
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sam2fast import train  # noqa: E402, F401  (first: it makes both packages importable)
 from sam2fast.checkpoint import CheckpointStore  # noqa: E402
+from sam2fast.config_file import load_config  # noqa: E402
 from sam2fast.data.synthetic import write_dataset  # noqa: E402
 from sam2fast.parallel import Ranks  # noqa: E402
 from sam2fast.parallel.mesh import free_port  # noqa: E402
@@ -61,11 +63,15 @@ checkpoint: {every: 3}
 
 @dataclass
 class Started:
-    """A run under its launcher."""
+    """A run: two ranks, or a launcher that starts them."""
 
-    launcher: subprocess.Popen
+    process: Launch | subprocess.Popen
     output: Path
-    printed: Path
+
+    @property
+    def printed(self) -> Path:
+        """What a launcher and its ranks wrote."""
+        return self.output.with_suffix(".txt")
 
     def step(self) -> int:
         """The last one in the log."""
@@ -75,15 +81,27 @@ class Started:
 
     def ranks(self) -> list[psutil.Process]:
         """Its training processes, in the order of their ranks."""
+        if isinstance(self.process, Launch):
+            return [psutil.Process(pid) for pid in self.process.pids]
         found = {}
-        for process in psutil.Process(self.launcher.pid).children(recursive=True):
-            try:
-                rank = process.environ().get("RANK")
-                if rank is not None and "forkserver" not in " ".join(process.cmdline()):
-                    found.setdefault(int(rank), process)
-            except psutil.Error:
-                pass
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            rank = process.environ().get("RANK")
+            if rank is not None and "forkserver" not in " ".join(process.cmdline()):
+                found.setdefault(int(rank), process)
         return [found[rank] for rank in sorted(found)]
+
+    def family(self) -> list[psutil.Process]:
+        """All processes of it that there are now."""
+        pids = self.process.pids if isinstance(self.process, Launch) else [self.process.pid]
+        roots = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        return [*roots, *(child for root in roots for child in root.children(recursive=True))]
+
+    def result(self) -> tuple[str, str]:
+        """Exit codes and what was printed."""
+        if isinstance(self.process, Launch):
+            done = self.process.wait()
+            return ", ".join(map(str, self.process.codes)), done.stdout + done.stderr
+        return str(self.process.returncode), self.printed.read_text()
 
 
 @dataclass
@@ -96,7 +114,7 @@ class Fault:
     fault: str = ""
     """See faulty_train.py."""
     overrides: list[str] = field(default_factory=list)
-    launcher: list[str] = field(default_factory=lambda: TORCHRUN)
+    launcher: list[str] = field(default_factory=list)
     before: Callable[[Path], object] | None = None
     """Prepares the run folder."""
     after: Callable[[Path], object] | None = None
@@ -119,8 +137,9 @@ def mount(output: Path) -> None:
 
 
 def damage_newest(run: Started) -> None:
-    run.launcher.send_signal(signal.SIGTERM)
-    run.launcher.wait()
+    for rank in run.ranks():
+        rank.send_signal(signal.SIGTERM)
+    run.process.wait()
     newest = sorted((run.output / "checkpoints").glob("step_*"))[-1]
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
@@ -129,14 +148,15 @@ def damage_newest(run: Started) -> None:
 def faults() -> list[Fault]:
     quick = "engine.timeout_minutes=0.5"
     return [
-        Fault("SIGTERM to the launcher", lambda run: run.launcher.send_signal(signal.SIGTERM)),
-        Fault("SIGUSR1 to rank 1", of_rank(1, signal.SIGUSR1)),
-        Fault("kill -9 of rank 0", of_rank(0, signal.SIGKILL)),
-        Fault("kill -9 of rank 1", of_rank(1, signal.SIGKILL)),
+        Fault("SIGTERM to all ranks", lambda run: [rank.send_signal(signal.SIGTERM) for rank in run.ranks()]),
+        Fault("SIGTERM to torchrun", lambda run: run.process.send_signal(signal.SIGTERM), launcher=TORCHRUN),
+        Fault("SIGUSR1 to rank 1, torchrun", of_rank(1, signal.SIGUSR1), launcher=TORCHRUN),
+        Fault("kill -9 of rank 0, torchrun", of_rank(0, signal.SIGKILL), launcher=TORCHRUN),
+        Fault("kill -9 of rank 1, torchrun", of_rank(1, signal.SIGKILL), launcher=TORCHRUN),
         Fault("kill -9 of rank 1, deepspeed", of_rank(1, signal.SIGKILL), launcher=DEEPSPEED),
-        Fault("kill -9 of rank 1, --max-restarts=1", fault=f"kill:1:{FAULT_AT}", overrides=["stages.0.steps=8"],
-              launcher=[*TORCHRUN, "--max-restarts=1"]),
-        Fault("kill -9 of the launcher", lambda run: run.launcher.kill()),
+        Fault("kill -9 of rank 1, torchrun --max-restarts=1", fault=f"kill:1:{FAULT_AT}",
+              overrides=["stages.0.steps=8"], launcher=[*TORCHRUN, "--max-restarts=1"]),
+        Fault("kill -9 of torchrun", lambda run: run.process.kill(), launcher=TORCHRUN),
         Fault("disk full while saving", fault=f"full:0:{FAULT_AT}"),
         Fault("folder that cannot be written", overrides=["output_dir=/sys/run"]),
         Fault("file system of checkpoints lost", lambda run: (run.output / "mount").rename(run.output / "gone"),
@@ -155,16 +175,15 @@ def start(fault: Fault, config: Path, data: Path, output: Path) -> Started:
     launcher = fault.launcher
     if launcher is DEEPSPEED:
         launcher = [*launcher, "--master_port", str(free_port())]
-    script = ROOT / ("benchmarks/faulty_train.py" if fault.fault else "sam2fast/train.py")
-    command = [*launcher, str(script), "--config", str(config), f"data.root={data}", f"output_dir={output}"]
-    variables = {"FAULT": fault.fault, "FAULT_ONCE": str(output / "killed"), "OMP_NUM_THREADS": "1"}
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    printed = output.with_suffix(".txt")
-    with printed.open("w") as file:
-        process = subprocess.Popen([*command, *fault.overrides], stdout=file, stderr=subprocess.STDOUT,
-                                   env={**os.environ, **variables, "DS_ACCELERATOR": "cpu", "PATH": tools},
-                                   cwd=output.parent)  # fmt: skip
-    return Started(process, output, printed)
+    script = ROOT / ("tests/train/faulty_train.py" if fault.fault else "sam2fast/train.py")
+    arguments = [str(script), "--config", str(config), f"data.root={data}", f"output_dir={output}", *fault.overrides]
+    env = {**environment(), "FAULT": fault.fault, "FAULT_ONCE": str(output / "killed")}
+    if not launcher:
+        return Started(Launch(arguments, 2, output.parent, env), output)
+    with output.with_suffix(".txt").open("w") as file:
+        command = [*launcher, *arguments]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=output.parent)
+    return Started(process, output)
 
 
 def row(fault: Fault, config: Path, data: Path, folder: Path) -> list[str]:
@@ -174,37 +193,38 @@ def row(fault: Fault, config: Path, data: Path, folder: Path) -> list[str]:
     if fault.before:
         fault.before(output)
     run, processes, began = start(fault, config, data, output), {}, 0.0
-    while run.launcher.poll() is None:
-        try:
-            processes |= {each.pid: each for each in psutil.Process(run.launcher.pid).children(recursive=True)}
-        except psutil.Error:
-            pass
+    while run.process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            processes |= {each.pid: each for each in run.family()}
         if not began and run.step() >= FAULT_AT:
             began = time.monotonic()
             if fault.inject:
                 fault.inject(run)
-        time.sleep(0.05)
+        time.sleep(0.2)
     _, alive = psutil.wait_procs(list(processes.values()), timeout=120)
     took = f"{time.monotonic() - began:.0f} s" if began else "at the start"
     for each in alive:
         each.kill()
-    said = messages(run.printed.read_text(), folder) + (["processes had to be killed"] if alive else [])
+    code, printed = run.result()
+    said = messages(printed, folder) + (["processes had to be killed"] if alive else [])
     if fault.after:
         fault.after(output)
-    reached, goes_on, warning = continuation(run)
-    return [fault.name, str(run.launcher.returncode), took, "<br>".join(said + warning), str(reached - goes_on)]
+    reached, goes_on, warning = continuation(run, printed)
+    return [fault.name, code, took, "<br>".join(said + warning), str(reached - goes_on)]
 
 
-def continuation(run: Started) -> tuple[int, int, list[str]]:
+def continuation(run: Started, printed: str) -> tuple[int, int, list[str]]:
     """The steps that were done, the one where the same command goes on (or where the launcher already made it do so),
     and what it says of checkpoints."""
-    if went_on := re.search(r"continuing at step (\d+)", run.printed.read_text()):
+    if went_on := re.search(r"continuing at step (\d+)", printed):
         return FAULT_AT, int(went_on[1]), []
-    store = CheckpointStore(run.output, 2, Ranks(0, 1, 0, torch.device("cpu")))
+    if not (run.output / "config.yaml").exists():
+        return 0, 0, []  # it did not begin
+    store = CheckpointStore(load_config(run.output / "config.yaml"), Ranks(0, 1, 0, torch.device("cpu")))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         state, _ = RunFolder(run.output).find_state(store)
-    return run.step(), state.global_step, messages(said.getvalue(), run.output.parent)
+    return max(run.step(), FAULT_AT), state.global_step, messages(said.getvalue(), run.output.parent)
 
 
 def messages(printed: str, folder: Path) -> list[str]:

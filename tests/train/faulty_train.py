@@ -1,4 +1,4 @@
-"""train.py with a fault on one rank, for faults.py and the tests: FAULT=KIND:RANK:STEP.
+"""train.py with a fault on one rank, for fault_table.py and the tests: FAULT=KIND:RANK:STEP.
 
 Kinds: seed (another seed), plan (another prompt than the other ranks), stall (loads data without end), memory (an
 allocation that no machine has room for), nan (a loss that is not finite, from this step on), full (files end after
@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Loader processes import this file too: what they do not need is imported where it is used.
 from sam2fast import train  # noqa: E402  (first: it makes both packages importable)
