@@ -3,8 +3,8 @@
     python benchmarks/tables.py
 
 replaces what stands between `<!-- table NAME -->` and `<!-- end -->`. Computed figures come from step_counts.csv and
-step_parts.csv and graph_counts.csv, measured ones from step_time.csv and profile_step_h100.csv; those of docs/scaling.md
-from the files of the same name.
+step_parts.csv and graph_counts.csv, measured ones from step_time.csv and profile_step_h100.csv; docs/scaling.md shows
+the files scaling_*.csv.
 """
 
 from __future__ import annotations

@@ -118,12 +118,12 @@ def _cpu_ranks(axes: Axes, rows: list[dict[str, str]]) -> None:
 def _caption(predicted: list[dict[str, str]]) -> str:
     factor = float(predicted[0]["factor"])
     return (
-        "Lines are predicted: nothing was run on more than one GPU, nor on an A100. Weak scaling, 8 frames and at most 3 "
-        "objects a GPU, 1024 px, bfloat16, nothing recomputed; no data loading.\n"
-        f"Compute: counted FLOPs and bytes at the A100's peak rates x {factor:.2f}, the factor by which a step of B+ on "
-        "one H100 (star) missed the H100's. Network: 227 GB/s in a node,\n192 GB/s between nodes of 8 A100s, latencies "
-        "of benchmarks/scaling/network.py; collectives as traced. Ranks vary by 1.5 % (assumed); solid: 3 objects on "
-        "every GPU; dotted: 1, 2 or 3 at random."
+        "Lines are predicted: nothing was run on more than one GPU, nor on an A100. Weak scaling, 8 frames and at most "
+        "3 objects a GPU, 1024 px, bfloat16, nothing recomputed; no data loading.\n"
+        f"Compute: counted FLOPs and bytes at the A100's peak rates x {factor:.2f}, the factor by which a step of B+ "
+        "on one H100 (star) missed the H100's. Network: 227 GB/s in a node,\n192 GB/s between nodes of 8 A100s, "
+        "latencies of benchmarks/scaling/network.py; collectives as traced. Ranks vary by 1.5 % (assumed); solid: "
+        "3 objects on every GPU; dotted: 1, 2 or 3 at random."
     )
 
 

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 KEYS = ("size", "engine", "gpus", "objects")
+HIDDEN = ("factor", "ms_compute", "videos_per_s")
+"""Columns of the file that the table on the screen leaves out."""
 
 
 def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jitter: float) -> list[dict[str, Any]]:
@@ -206,12 +208,13 @@ def _network() -> list[dict[str, str]]:
 def _print(rows: Sequence[dict[str, Any]], check: bool) -> None:
     from rich.table import Table
 
-    columns = [name for name in rows[0] if name != "factor"]
     table = Table(title="predicted beside measured" if check else "predicted, not measured", title_justify="left")
-    for name in columns:
-        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left")
+    for name in (name for name in rows[0] if name not in HIDDEN):
+        title = name.removesuffix("_per_s").replace("_", " ") + ("/s" if name.endswith("_per_s") else "")
+        table.add_column(title, justify="right" if isinstance(rows[0][name], (int, float)) else "left")
     for row in rows:
-        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in columns))
+        shown = [value for name, value in row.items() if name not in HIDDEN]
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown))
     tables.console().print(table)
 
 

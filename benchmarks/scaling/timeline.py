@@ -100,4 +100,4 @@ def step_time(collectives: Sequence[Collective], network: Network, compute: floa
             free = max(free, now) + took
             delay += free - now
     delay += max(0.0, pending - (work + delay))
-    return StepTime(compute, work - compute, delay, max(0.0, busy - delay))
+    return StepTime(compute, work - compute, delay, busy - delay if busy - delay > 1e-9 else 0.0)
