@@ -1,8 +1,8 @@
 """The state of a run on disk: written whole or not at all, and found again by the same command.
 
-A run folder holds checkpoints/step_XXXXXXXX/ with the engine's files and state.json, which lists their sizes and
-checksums. A checkpoint is written under a temporary name and renamed when every rank has finished, so a folder with a
-final name was complete once; `latest` finds out whether it still is.
+A run folder holds checkpoints/step_XXXXXXXX/ with the tensors, in files of every rank, and state.json, which holds the
+rest and lists the files' sizes and checksums. A checkpoint is written under a temporary name and renamed when every
+rank has finished, so a folder with a final name was complete once; `latest` finds out whether it still is.
 """
 
 from __future__ import annotations
@@ -10,16 +10,23 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from . import __version__
 from .checkpoint_files import find_damage, list_files, partial_folder, publish, saving
-from .config import StageConfig, UserError
-from .parallel import Engine, Ranks
+from .checkpoint_tensors import Staging, files_of, read_tensors, stored_shapes, write_tensors
+from .config import Config, StageConfig, UserError
+from .parallel import BackgroundRanks, Engine, EngineState, Ranks
+from .parallel.state import trained_parameters
 
 
 class ResumeError(UserError):
@@ -99,55 +106,111 @@ class RunState:
 
 
 class CheckpointStore:
-    """Saves, finds and prunes the checkpoints of one run."""
+    """Saves, finds and prunes the checkpoints of one run. Made on every rank.
 
-    def __init__(self, run_dir: Path, keep: int, ranks: Ranks) -> None:
-        self.folder = run_dir / "checkpoints"
-        self.keep = keep
-        self.ranks = ranks
+    An asynchronous `save` copies the state and returns; a thread writes it while training goes on. What goes wrong
+    there is raised by the next call of `save` or `wait`.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.folder = Path(config.output_dir) / "checkpoints"
+        self.config, self.ranks = config, ranks
+        self.keep, self.asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+        self._writers = BackgroundRanks.beside(ranks)
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(self, engine: Engine, state: RunState) -> Path:
-        """Write a checkpoint of `state.global_step` (called on every rank).
+        """Save a checkpoint of `state.global_step` (called on every rank); returns where it is or will be.
 
         Raises:
-            SaveError: on the first rank that cannot write, SystemExit on the others; nothing stays of the checkpoint.
+            SaveError: this one or the one before could not be written, on the first rank that could not; SystemExit on
+                the others. Nothing stays of it.
         """
+        self.wait()
         final = self.folder / f"step_{state.global_step:08d}"
-        partial = partial_folder(final)
-        what = f"the checkpoint of step {state.global_step}"
+        self.ranks.agree(lambda: self._prepare(final) if self.ranks.main else None)
+        held = engine.state()
+        header = {
+            "format": FORMAT,
+            "state": asdict(state),
+            "scaler": held.scaler,
+            "trained": list(trained_parameters(engine.module)),
+            "layout": engine.layout,
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"sam2fast": __version__, "torch": torch.__version__, "deepspeed": _version("deepspeed")},
+        }
+        if self.asynchronous:
+            copies = self._staging.copy(held.tensors())
+            self._thread = threading.Thread(target=self._write_beside, args=(copies, header, final))
+            self._thread.start()
+        else:
+            self._write(held.tensors(), header, final)
+        return final
 
-        def prepare() -> None:
-            with saving(what, final):
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+    def wait(self) -> None:
+        """Return when nothing is being written any more (called on every rank).
+
+        Raises:
+            SaveError: as `save`.
+        """
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Let a write come to its end, whatever else has happened. Ranks need not call it together."""
+        self._join()
+        if isinstance(self._error, UserError):
+            print(f"warning: {self._error}", flush=True)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write_beside(self, tensors: dict[str, Tensor], header: dict[str, Any], final: Path) -> None:
+        try:
+            self._write(tensors, header, final)
+        except BaseException as error:
+            self._error = error
+
+    def _prepare(self, final: Path) -> None:
+        with saving(_name(final), final):
+            for left in self.folder.glob(partial_folder(self.folder / "step_*").name):  # by runs that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial_folder(final).mkdir(parents=True)
+
+    def _write(self, tensors: dict[str, Tensor], header: dict[str, Any], final: Path) -> None:
+        ranks, partial = self._writers, partial_folder(final)
 
         def write() -> None:
-            with saving(what, final):
-                engine.save(partial)
+            with saving(_name(final), final):
+                write_tensors(tensors, partial, ranks.group)
+
+        def check() -> dict[str, dict[str, int]]:
+            with saving(_name(final), final):
+                return list_files(partial, files_of(ranks.rank, partial))
 
         def finish() -> None:
-            with saving(what, final):
-                header = {
-                    "state": asdict(state),
-                    "layout": engine.layout,
-                    "torch": torch.__version__,
-                    "files": list_files(partial),
-                }
-                (partial / "state.json").write_text(json.dumps(header, indent=1))
+            with saving(_name(final), final):
+                (partial / "state.json").write_text(json.dumps(header | {"files": files}, indent=1))
                 publish(partial, final)
 
         try:
-            self.ranks.agree(lambda: prepare() if self.ranks.main else None)
-            self.ranks.agree(write)
-            self.ranks.agree(lambda: finish() if self.ranks.main else None, slow=True)
+            ranks.agree(write)
+            lists = ranks.gather(ranks.agree(check, slow=True))
+            files = {name: entry for each in lists for name, entry in each.items()}
+            ranks.agree(lambda: finish() if ranks.main else None, slow=True)
         except (UserError, SystemExit):
-            if self.ranks.main:
+            if ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        if self.ranks.main:
-            self._prune(final, state.best.get("step"))
-        self.ranks.barrier()
-        return final
+        if ranks.main:
+            self._prune(final, header["state"]["best"].get("step"))
+        ranks.barrier()
 
     def _prune(self, newest: Path, best: int | None) -> None:
         """Keep the last ones up to `newest`, and the best. Those after it are damaged, or this run would have gone on
@@ -193,34 +256,51 @@ class CheckpointStore:
         return found
 
     def load(self, engine: Engine, path: Path) -> None:
-        """Restore weights and optimizer.
+        """Restore weights and optimizer from what any engine wrote on any number of ranks (called on every rank).
 
         Raises:
-            ResumeError: the checkpoint fits another engine, precision or set of trained parameters, or is damaged.
+            ResumeError: it is of another model or other trained parameters, of another version, or damaged; on the
+                first rank, SystemExit on the others.
         """
-        saved, wanted = _header(path)["layout"], engine.layout
-        different = [name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)]
-        if different:
-            changes = ", ".join(
-                f"{LAYOUT_NAMES.get(name, name)} {saved.get(name)} (now {wanted.get(name)})"
-                for name in sorted(different)
-            )
-            raise ResumeError(
-                f"{path} was written with {changes}; undo the change, or start a new output_dir with "
-                "model.checkpoint set to the weights of the last finished stage"
-            )
+        self.ranks.agree(lambda: self._load(engine, path))
+
+    def _load(self, engine: Engine, path: Path) -> None:
+        header = _header(path)
+        if header.get("format") != FORMAT:
+            raise _other_version(path)
         try:
-            engine.load(path)
+            _compare(path, header["trained"], stored_shapes(path), engine)
+            tensors = read_tensors(engine.state().tensors(), path, self._writers.group)
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+            if isinstance(error, UserError):
+                raise
             raise _unreadable(path, error) from error
+        engine.load_state(EngineState.from_tensors(tensors, header["scaler"]))
 
 
-LAYOUT_NAMES = {
-    "engine": "engine",
-    "zero_stage": "ZeRO stage",
-    "world_size": "number of ranks",
-    "groups": "trained parameters per group",
-}
+FORMAT = 2
+"""Of the folders of checkpoints; 1 held files of each engine's own."""
+
+
+def _compare(path: Path, trained: list[str], shapes: Mapping[str, tuple[int, ...]], engine: Engine) -> None:
+    """Insist that a checkpoint holds what the engine has."""
+    weights = {key.removeprefix("weights/"): shape for key, shape in shapes.items() if key.startswith("weights/")}
+    own = {name: value.shape for name, value in engine.module.state_dict().items()}
+    own |= {name: getattr(param, "ds_shape", param.shape) for name, param in engine.module.named_parameters()}
+    now = trained_parameters(engine.module)
+    differences = {
+        "parameters that the model does not have": weights.keys() - own.keys(),
+        "no values for parameters of the model": own.keys() - weights.keys(),
+        "other shapes": {name for name in weights.keys() & own.keys() if tuple(weights[name]) != tuple(own[name])},
+        "trained parameters that are frozen now": set(trained) - now.keys(),
+        "frozen parameters that are trained now": now.keys() - set(trained),
+    }
+    found = [f"{what} ({len(names)}: {min(names)}, ...)" for what, names in differences.items() if names]
+    if found:
+        raise ResumeError(
+            f"{path} has {'; '.join(found)}; undo the change, or start a new output_dir with model.checkpoint set to "
+            "the weights of the last finished stage"
+        )
 
 
 def save_state(folder: Path, state: RunState) -> None:
@@ -238,11 +318,7 @@ def load_state(folder: Path) -> RunState:
     try:
         return RunState(**values | {"entries": [EntryState(**entry) for entry in values["entries"]]})
     except (TypeError, KeyError, AttributeError):
-        raise ResumeError(
-            f"{folder / 'state.json'} was written by another version of sam2fast, which noted the position in the data "
-            "otherwise; finish the run with that version, or start a new output_dir with model.checkpoint set to the "
-            "weights of the last finished stage"
-        ) from None
+        raise _other_version(folder) from None
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -255,11 +331,30 @@ def _header(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
 
 
+def _other_version(path: Path) -> ResumeError:
+    return ResumeError(
+        f"{path} was written by another version of sam2fast, which saved other files or noted the position in the data "
+        "otherwise; finish the run with that version, or start a new output_dir with model.checkpoint set to the "
+        "weights of the last finished stage"
+    )
+
+
 def _unreadable(path: Path, error: Exception) -> ResumeError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ResumeError(
         f"{path} cannot be read ({reason}); delete this folder to continue from what was saved before it"
     )
+
+
+def _name(final: Path) -> str:
+    return f"the checkpoint of step {_step(final)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _step(path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,8 @@ def saving(what: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def list_files(folder: Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of every file below `folder`, by its path in it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def list_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of the files `paths`, by their path in `folder`."""
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": _checksum(path)} for path in paths
     }

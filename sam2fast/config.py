@@ -273,6 +273,8 @@ class CheckpointConfig(Section):
 
     every: Positive = 500
     keep: Positive = 2
+    asynchronous: bool = True
+    """Training goes on while a copy of the state is written; the copy takes main memory. false waits for the write."""
     best: str | None = None
     """A validation score, by its tag without `val/` (davis_jf, sa1b_miou): the checkpoint where it was best is kept
     beside the last `keep`; empty keeps none."""

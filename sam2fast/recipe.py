@@ -87,7 +87,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
         ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
-    store = CheckpointStore(folder.path, config.checkpoint.keep, ranks)
+    store = CheckpointStore(config, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
     state, checkpoint = ranks.broadcast(
         ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow=True)
@@ -118,6 +118,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
             _train_stage(shared, state, checkpoint)
             checkpoint = None
     finally:
+        store.close()
         progress.close()
         log.close()
     ranks.agree(lambda: _finish(config, folder) if ranks.main else None)

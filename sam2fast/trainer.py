@@ -179,10 +179,12 @@ class StageTrainer:
                 if saving or signal:
                     path = self.store.save(self.engine, state)
                 if signal:
+                    self.store.wait()
                     raise Stopped(
                         f"{signal}: stopped after step {state.global_step}, which is saved in {path}; the same command "
                         f"continues (exit code {EXIT_STOPPED})"
                     )
+            self.store.wait()
         finally:
             for loader in self.loaders.values():
                 loader.close()

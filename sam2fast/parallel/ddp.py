@@ -1,17 +1,16 @@
-"""The plain torch engine: one process, or data parallel with gradients averaged in flat buckets."""
+"""The plain torch engine: one process, or data parallel with gradients averaged as they become complete."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimConfig
+from .buckets import GradientBuckets
 from .engine import (
     StepResult,
     autocast,
@@ -19,22 +18,25 @@ from .engine import (
     clip_on_device,
     clip_within_update,
     evaluating,
-    group_settings,
     set_rates,
 )
 from .mesh import Ranks
-
-BUCKET_BYTES = 25 * 2**20
+from .state import EngineState, load_unsharded_moments, owned_names, trained_parameters, unsharded_moments
 
 
 class TorchEngine:
-    """Whole weights on every rank; gradients are averaged after the last micro-step.
+    """Whole weights on every rank; gradients are averaged in the backward pass of the last micro-step, see
+    `GradientBuckets`."""
 
-    Which parameters a batch reaches depends on its kind, and the kind is equal on all ranks, so no unused-parameter
-    search is needed: a gradient is missing on every rank or on none.
-    """
-
-    def __init__(self, optim: OptimConfig, ranks: Ranks, module: nn.Module, groups: list[dict], precision: str) -> None:
+    def __init__(
+        self,
+        optim: OptimConfig,
+        ranks: Ranks,
+        module: nn.Module,
+        groups: list[dict],
+        precision: str,
+        reduce_dtype: str = "float32",
+    ) -> None:
         self.module = module
         self.ranks = ranks
         self.clip = optim.clip
@@ -42,27 +44,34 @@ class TorchEngine:
         self.params = [p for group in groups for p in group["params"]]
         # The fused update skips a bad step without a host sync, and clips as it reads the gradients.
         self.optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
-        self.layout = {"engine": "torch", "precision": precision, "groups": [len(group["params"]) for group in groups]}
+        self.layout = {"engine": "torch", "precision": precision, "world_size": ranks.world_size}
         self.autocast = lambda: autocast(precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
         broadcast_weights(module, ranks)
+        self.buckets: GradientBuckets | None = None
+        if ranks.world_size > 1:
+            trained = [param for param in module.parameters() if param.requires_grad]
+            self.buckets = GradientBuckets(trained, ranks.world_size, getattr(torch, reduce_dtype), self.fill_missing)
 
     def forward(self, *args: Any) -> Any:
         with self.autocast():
             return self.module(*args)
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
+        if self.buckets is not None:
+            self.buckets.begin(last=boundary)
         self.scaler.scale(loss).backward()
         if boundary:
             self.finish_gradients()
 
     def finish_gradients(self) -> None:
         """What follows on the last gradient of an optimizer step: missing ones are filled, all averaged over ranks."""
-        if self.fill_missing:
+        if self.buckets is not None:
+            self.buckets.finish()
+        elif self.fill_missing:
             for param in self.params:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
-        self._average_gradients()
 
     def step(self, lr_scale: float) -> StepResult:
         set_rates(self.optimizer.param_groups, lr_scale)
@@ -74,28 +83,28 @@ class TorchEngine:
         else:
             result = clip_within_update(self.optimizer, self.params, self.clip)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.buckets is not None:
+            self.buckets.reset()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def save(self, folder: Path) -> None:
-        if self.ranks.main:
-            torch.save(
-                {
-                    "module": self.module.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                },
-                folder / "torch.pt",
-            )
+    def state(self) -> EngineState:
+        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
+        weights = {name: value for name, value in self.module.state_dict().items() if name in own}
+        trained = {name: param for name, param in trained_parameters(self.module).items() if name in own}
+        scaler = {}
+        if self.scaler.is_enabled():
+            values = self.scaler.state_dict()
+            scaler = {"scale": values["scale"], "good_steps": values["_growth_tracker"]}
+        return EngineState(weights, unsharded_moments(self.optimizer, trained), scaler)
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "torch.pt", map_location=self.ranks.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        settings = group_settings(self.optimizer.param_groups)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)
-        self.scaler.load_state_dict(state["scaler"])
+    def load_state(self, state: EngineState) -> None:
+        self.module.load_state_dict(state.weights)
+        load_unsharded_moments(self.optimizer, trained_parameters(self.module), state.moments)
+        if self.scaler.is_enabled() and state.scaler:
+            values = {"scale": state.scaler["scale"], "_growth_tracker": state.scaler["good_steps"]}
+            self.scaler.load_state_dict(self.scaler.state_dict() | values)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
@@ -106,28 +115,6 @@ class TorchEngine:
             yield self.module
 
     def close(self) -> None:
+        if self.buckets is not None:
+            self.buckets.close()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _average_gradients(self) -> None:
-        if self.ranks.world_size == 1:
-            return
-        for bucket in _buckets([p.grad for p in self.params if p.grad is not None]):
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            flat /= self.ranks.world_size
-            parts = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(grad) for grad, part in zip(bucket, parts, strict=True)])
-
-
-def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients in groups of about BUCKET_BYTES."""
-    bucket: list[Tensor] = []
-    size = 0
-    for grad in grads:
-        bucket.append(grad)
-        size += grad.numel() * grad.element_size()
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, EngineConfig, OptimConfig
 from .mesh import Ranks
+from .state import EngineState
 
 
 @dataclass
@@ -27,24 +27,12 @@ class StepResult:
     """1 where the gradient was not finite and the update was left out, else 0."""
 
 
-@dataclass
-class EngineState:
-    """What training goes on from: the same names and full shapes with every engine."""
-
-    weights: dict[str, Tensor]
-    """By name as in `module.state_dict()`; DTensors where torch shards them."""
-    moments: dict[str, dict[str, Tensor]]
-    """exp_avg, exp_avg_sq and step of AdamW, by the name of the trained parameter."""
-    scaler: dict[str, Any]
-    """Loss scaling of float16 in plain values; empty in other precisions."""
-
-
 class Engine(Protocol):
     """Gradients, their reduction over ranks, the update and the state of one stage."""
 
     module: nn.Module
     layout: dict[str, Any]
-    """What a checkpoint must agree with to be loaded: kind, precision, sharding and sizes of the optimizer groups."""
+    """Kind, precision and sharding, for messages; a checkpoint of any is read by any."""
 
     def forward(self, *args: Any) -> Any:
         """Run the module under the engine's precision."""
@@ -55,15 +43,19 @@ class Engine(Protocol):
     def step(self, lr_scale: float) -> StepResult:
         """Clip, update with every group's base rate times `lr_scale`, and clear the gradients."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into `folder` (called on every rank).
+    def state(self) -> EngineState:
+        """This rank's share of the state, which may alias that of the engine (called on every rank)."""
+
+    def load_state(self, state: EngineState) -> None:
+        """Take over a state that any engine gave, on any number of ranks (called on every rank). What it says of rates
+        and weight decay stays as the configuration has it.
+
+        Args:
+            state: whole, in main memory; of what `state()` gives as DTensors, DTensors like those. It is used up.
 
         Raises:
-            OSError, RuntimeError: a file of this rank could not be written (`is_write_error`); collectives are done.
+            UserError: this engine cannot represent it.
         """
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights on the CPU, on every rank."""
@@ -106,7 +98,7 @@ def build_engine(
         return FSDPEngine(config, optim, ranks, module, groups, precision, rebuild)
     from .ddp import TorchEngine
 
-    return TorchEngine(optim, ranks, module, groups, precision)
+    return TorchEngine(optim, ranks, module, groups, precision, config.reduce_dtype)
 
 
 def resolve_kind(config: EngineConfig) -> str:
@@ -190,24 +182,6 @@ def broadcast_weights(module: nn.Module, ranks: Ranks) -> None:
     if ranks.world_size > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=0)
-
-
-def moments_of(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> dict[str, Tensor]:
-    """exp_avg, exp_avg_sq and step of a fused AdamW; those it begins with where the parameter had no update yet."""
-    state = optimizer.state[param]
-    if not state:
-        state["step"] = torch.zeros((), device=param.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param.data), torch.zeros_like(param.data)
-    return {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step")}
-
-
-GROUP_SETTINGS = ("base_lr", "weight_decay", "betas", "eps")
-
-
-def group_settings(groups: list[dict]) -> list[dict[str, Any]]:
-    """What the configuration says of each optimizer group; loading a state would bring back the values it was saved
-    with."""
-    return [{name: group[name] for name in GROUP_SETTINGS} for group in groups]
 
 
 def set_rates(groups: list[dict], lr_scale: float) -> None:

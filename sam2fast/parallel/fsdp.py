@@ -24,16 +24,15 @@ from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError, EngineConfig, OptimConfig
 from .engine import (
-    EngineState,
     StepResult,
     autocast,
     broadcast_weights,
     clip_within_update,
     evaluating,
-    moments_of,
     set_rates,
 )
 from .mesh import Ranks
+from .state import MOMENTS, EngineState
 
 UNITS = 8
 """Of blocks that are gathered together. Fewer keep more weights at once, more wait for the latency of more collectives:
@@ -71,12 +70,12 @@ class FSDPEngine:
         self.params = [self.shards[names[id(param)]] for group in groups for param in group["params"]]
         groups = [{**group, "params": [self.shards[names[id(param)]] for param in group["params"]]} for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
-        self.layout = {"engine": "fsdp", "precision": precision, "groups": [len(group["params"]) for group in groups]}
+        self.layout = {"engine": "fsdp", "precision": precision, "world_size": ranks.world_size}
         self.autocast = lambda: autocast(precision, ranks.device)
         self.loss_scale = LossScale(ranks.device) if precision == "float16" else None
 
     def _shard(self, reduce_dtype: str) -> nn.Module:
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if reduce_dtype == "bfloat16" else None)
+        policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, reduce_dtype))
         blocks = getattr(self.module, "blocks_run_once", list)()
         for unit in group_blocks(blocks, UNITS):
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
@@ -124,21 +123,31 @@ class FSDPEngine:
     def state(self) -> EngineState:
         moments = {}
         for name, shard in self.shards.items():
-            like = self.sharded[name]
-            found = moments_of(self.optimizer, shard)
-            moments[name] = {key: value if key == "step" else _as_sharded(value, like) for key, value in found.items()}
+            own, like = self._moments(shard), self.sharded[name]
+            moments[name] = {key: _as_sharded(own[key], like) for key in MOMENTS} | {"step": own["step"]}
         scaler = self.loss_scale.state_dict() if self.loss_scale else {}
         return EngineState(self.module.state_dict(), moments, scaler)
 
     @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
         self.module.load_state_dict(state.weights)
-        self.optimizer.state.clear()
-        for name, given in state.moments.items():
-            for key, value in moments_of(self.optimizer, self.shards[name]).items():
-                value.copy_(given[key].to_local() if isinstance(given[key], DTensor) else given[key])
+        for name, shard in self.shards.items():
+            if name not in state.moments:  # of a parameter that has not been updated yet
+                self.optimizer.state.pop(shard, None)
+                continue
+            for key, value in self._moments(shard).items():
+                given = state.moments[name][key]
+                value.copy_(given.to_local() if isinstance(given, DTensor) else given)
         if self.loss_scale and state.scaler:
             self.loss_scale.load_state_dict(state.scaler)
+
+    def _moments(self, shard: nn.Parameter) -> dict[str, Tensor]:
+        """Of AdamW: those that it has, or begins with."""
+        state = self.optimizer.state[shard]
+        if not state:
+            state["step"] = torch.zeros((), device=shard.device)
+            state |= {key: torch.zeros_like(shard.data) for key in MOMENTS}
+        return state
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {

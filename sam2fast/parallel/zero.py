@@ -22,11 +22,11 @@ from .engine import (
     autocast,
     clip_within_update,
     evaluating,
-    group_settings,
-    is_write_error,
     set_rates,
 )
 from .mesh import Ranks
+from .state import EngineState
+from .zero_state import gather_state, scatter_state
 
 DEFAULT_STAGE = 1
 """States are a small part of SAM 2's memory, and stage 1 shards what is worth sharding without re-gathering weights."""
@@ -66,10 +66,8 @@ class DeepSpeedEngine:
             "engine": "deepspeed",
             "zero_stage": self.stage,
             "precision": precision,
-            "groups": [len(group["params"]) for group in groups],
+            "world_size": ranks.world_size,
         }
-        if self.stage > 0:
-            self.layout["world_size"] = ranks.world_size
         if optim.missing_grad == "skip" and self.stage > 0:
             raise ConfigError(
                 f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
@@ -131,25 +129,16 @@ class DeepSpeedEngine:
             self.loss_scale.update(bool(result.skipped))
         return result
 
-    def save(self, folder: Path) -> None:
-        scale = vars(self.loss_scale) if self.loss_scale else {}
-        engine, writer, errors = self.engine, self.engine.checkpoint_engine, DeferredErrors()
-        engine.checkpoint_engine = _Writer(writer, errors)
-        engine._copy_recovery_script = errors.deferring(type(engine)._copy_recovery_script.__get__(engine))
-        try:
-            engine.save_checkpoint(str(folder), tag="zero", client_state={"loss_scale": scale}, save_latest=False)
-        finally:
-            engine.checkpoint_engine = writer
-            del engine._copy_recovery_script
-        errors.raise_first()
+    def state(self) -> EngineState:
+        scale = self.loss_scale
+        scaler = {"scale": scale.value, "good_steps": scale.good_steps % scale.patience} if scale else {}
+        return gather_state(self.module, self.optimizer, self.stage, self.ranks, scaler)
 
-    def load(self, folder: Path) -> None:
-        settings = group_settings(self.optimizer.param_groups)
-        _, client_state = self.engine.load_checkpoint(str(folder), tag="zero")
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)
+    def load_state(self, state: EngineState) -> None:
+        scatter_state(state, self.module, self.optimizer, self.stage, self.ranks)
         if self.loss_scale:
-            self.loss_scale = LossScale(**client_state["loss_scale"])
+            scaler = state.scaler
+            self.loss_scale = LossScale(scaler["scale"], scaler["good_steps"]) if scaler else LossScale()
             if self.stage > 0:
                 self.optimizer.override_loss_scale(self.loss_scale.value)
 
@@ -180,45 +169,6 @@ class DeepSpeedEngine:
         # DeepSpeed leaves reference cycles: without this the next stage is built while these weights still live.
         del self.engine, self.optimizer, self.module, self.params
         gc.collect()
-
-
-class DeferredErrors:
-    """Errors of writing, kept until all ranks are past DeepSpeed's collectives: raised at once they would leave the
-    other ranks waiting in one."""
-
-    def __init__(self) -> None:
-        self._first: Exception | None = None
-
-    def deferring(self, function: Callable) -> Callable:
-        """`function`, which does nothing any more after an error."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._first is not None:
-                return None
-            try:
-                return function(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                if not is_write_error(error):
-                    raise
-                self._first = error
-                return None
-
-        return call
-
-    def raise_first(self) -> None:
-        if self._first is not None:
-            raise self._first
-
-
-class _Writer:
-    """DeepSpeed's checkpoint engine with deferred errors."""
-
-    def __init__(self, inner: Any, errors: DeferredErrors) -> None:
-        self._inner = inner
-        self.save, self.makedirs = errors.deferring(inner.save), errors.deferring(inner.makedirs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""Trains a small module with every engine in turn and prints what each did, as JSON, on rank 0."""
+"""Trains a small module with every engine in turn and writes what each did, as JSON, on rank 0.
+
+Arguments: precision, file to write, and optionally a file with states of other engines to continue from. The states of
+these engines are written beside the first file.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,16 @@ import copy
 import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sam2fast.config import EngineConfig, OptimConfig
-from sam2fast.parallel import Ranks, build_engine, setup, teardown
-from sam2fast.parallel.fsdp import FSDPEngine
+from sam2fast.parallel import Engine, EngineState, Ranks, build_engine, setup, teardown
 
-STEPS, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 5, 2, 8
+STEPS, LAST, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 3, 5, 2, 8
 ENGINES = {
     "torch": {"kind": "torch"},
     "fsdp": {"kind": "fsdp"},
@@ -53,36 +56,34 @@ def groups_of(module: nn.Module) -> list[dict]:
     ]
 
 
-def run(ranks: Ranks, settings: dict, precision: str) -> dict:
-    module = Net()
+def run(ranks: Ranks, settings: dict, precision: str, others: dict[str, EngineState]) -> tuple:
+    """What happened, and the state before the last steps; `others` are states to continue from as well."""
     engine = build_engine(
         EngineConfig(**settings),
         OptimConfig(lr=1e-2, clip=1.0),
         ranks,
-        module,
+        (module := Net()),
         groups_of(module),
         precision,
         ACCUMULATE,
         Net,
     )
-    losses, skipped, norms, continued = [], [], [], []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(ranks.broadcast(name))
-        for step in range(STEPS):
-            if step == STEPS - 3:
-                saved = save(engine, folder)
-            loss, result = train_step(engine, ranks, step)
-            losses.append(loss)
-            norms.append(float(result.grad_norm))
-            skipped.append(bool(result.skipped))
-        weights = {name: value.tolist() for name, value in engine.full_state_dict().items()}
-        with engine.evaluation() as whole:
-            output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
-        ranks.barrier()
-        load(engine, folder, saved)
-        for step in range(STEPS - 3, STEPS):
-            continued.append(train_step(engine, ranks, step)[0])
-        ranks.barrier()
+    losses, skipped, norms = [], [], []
+    for step in range(STEPS):
+        if step == STEPS - LAST:
+            saved = whole_state(engine, ranks)
+        loss, result = train_step(engine, ranks, step)
+        losses.append(loss)
+        norms.append(float(result.grad_norm))
+        skipped.append(bool(result.skipped))
+    weights = {name: value.tolist() for name, value in engine.full_state_dict().items()}
+    with engine.evaluation() as whole:
+        output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
+    ranks.barrier()
+    continued = {}
+    for name, state in {"own": saved, **others}.items():
+        engine.load_state(given_to(engine, copy.deepcopy(state)))
+        continued[name] = [train_step(engine, ranks, step)[0] for step in range(STEPS - LAST, STEPS)]
     engine.close()
     return {
         "losses": losses,
@@ -91,19 +92,24 @@ def run(ranks: Ranks, settings: dict, precision: str) -> dict:
         "weights": weights,
         "output": output,
         "continued": continued,
-    }
+    }, saved
 
 
-def save(engine, folder: Path):
-    if isinstance(engine, FSDPEngine):
-        return copy.deepcopy(engine.state())
-    engine.save(folder)
+def whole_state(engine: Engine, ranks: Ranks) -> EngineState:
+    """The shares of all ranks together."""
+    own = engine.state()
+    tensors = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in own.tensors().items()}
+    whole = {key: x for share in ranks.gather(copy.deepcopy(tensors)) for key, x in share.items()}
+    return EngineState.from_tensors(whole, own.scaler)
 
 
-def load(engine, folder: Path, saved) -> None:
-    if saved is not None:
-        return engine.load_state(saved)
-    engine.load(folder)
+def given_to(engine: Engine, whole: EngineState) -> EngineState:
+    """As a checkpoint is read for an engine."""
+    own, tensors = engine.state().tensors(), whole.tensors()
+    for key, value in tensors.items():
+        if isinstance(own.get(key), DTensor):
+            tensors[key] = distribute_tensor(value, own[key].device_mesh, own[key].placements)
+    return EngineState.from_tensors(tensors, whole.scaler)
 
 
 def train_step(engine, ranks: Ranks, step: int):
@@ -120,7 +126,11 @@ def train_step(engine, ranks: Ranks, step: int):
 
 if __name__ == "__main__":
     ranks = setup("cpu")
-    results = {name: run(ranks, settings, sys.argv[1]) for name, settings in ENGINES.items()}
+    results, states = {}, {}
+    others = torch.load(sys.argv[3], weights_only=False) if len(sys.argv) > 3 else {}
+    for name, settings in ENGINES.items():
+        results[name], states[name] = run(ranks, settings, sys.argv[1], others)
     if ranks.main:
         Path(sys.argv[2]).write_text(json.dumps(results))
+        torch.save(states, f"{sys.argv[2]}.states")
     teardown()
