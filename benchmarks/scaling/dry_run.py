@@ -13,6 +13,7 @@ JSON object.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -50,20 +51,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.ranks) < 2:
         parser.error("--ranks must be 2 or more: one rank communicates with nobody")
-    rows = []
-    for size in args.size:
-        for engine in args.engine:
-            for ranks in args.ranks:
-                began = time.monotonic()
-                traced = program.trace(engine, size, ranks, frames=args.frames, side=64, objects=1)
-                rows += rows_of(traced, args.frames)
-                print(f"{engine}, {size}, {ranks} ranks: traced in {time.monotonic() - began:.0f} s", flush=True)
-                if not args.no_save:
-                    tables.save_trace(traced, args.frames)
-                    tables.add_rows(tables.COLLECTIVES, rows_of(traced, args.frames), tables.COLLECTIVE_KEYS)
+    wanted = [(size, engine, ranks) for size in args.size for engine in args.engine for ranks in args.ranks]
+    options = ["--frames", str(args.frames), *(["--no-save"] if args.no_save else [])]
+    if len(wanted) > 1:
+        rows = [row for one in wanted for row in _in_own_process(*one, options, parser)]
+    else:
+        rows = _trace(*wanted[0], args.frames, not args.no_save)
     tables.print_collectives(rows)
     print(json.dumps({"case": "dry_run", "computed": True, "rows": rows}))
     return 0
+
+
+def _in_own_process(size: str, engine: str, ranks: int, options: list[str], parser: OneLineParser) -> list[dict]:
+    """DeepSpeed keeps process groups, so that a process can trace it once."""
+    chosen = ["--size", size, "--engine", engine, "--ranks", str(ranks)]
+    done = subprocess.run([sys.executable, __file__, *chosen, *options], capture_output=True, text=True)
+    if done.returncode:
+        parser.error(
+            f"{engine}, {size}, {ranks} ranks cannot be traced: {(done.stderr.strip() or '?').splitlines()[-1]}"
+        )
+    print(next(line for line in done.stdout.splitlines() if "traced in" in line), flush=True)
+    return json.loads(done.stdout.splitlines()[-1])["rows"]
+
+
+def _trace(size: str, engine: str, ranks: int, frames: int, save: bool) -> list[dict]:
+    began = time.monotonic()
+    # Neither the side of the images nor the number of objects changes what is communicated.
+    traced = program.trace(engine, size, ranks, frames=frames, side=64, objects=1)
+    rows = rows_of(traced, frames)
+    print(f"{engine}, {size}, {ranks} ranks: traced in {time.monotonic() - began:.0f} s", flush=True)
+    if save:
+        tables.save_trace(traced, frames)
+        tables.add_rows(tables.COLLECTIVES, rows, tables.COLLECTIVE_KEYS)
+    return rows
 
 
 def least_sent(engine: str, parameters: int, ranks: int) -> float:

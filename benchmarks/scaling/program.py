@@ -41,8 +41,8 @@ ENGINES: dict[str, dict] = {
 }
 """The settings of `engine` in a config, by the name that tables use."""
 GPUS_OF_NODE = 8
-LEARNING = {"zero3": 1}
-"""Steps in which an engine learns the order of modules, before the one that is recorded."""
+LEARNING = {"torch": 1, "zero3": 1}
+"""Steps before the one that is recorded, in which an engine learns which parameters are reached, or in which order."""
 
 
 @dataclass(frozen=True)

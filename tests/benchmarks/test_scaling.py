@@ -140,8 +140,10 @@ def test_dry_run_counts_the_bytes_of_data_parallelism():
     gradients = [row for row in rows if row["phase"] == "backward"]
     parameters = 12_165_410
     assert {(row["kind"], row["dtype"], row["ranks"]) for row in gradients} == {("all_reduce", "float32", 16)}
-    assert sum(row["bytes"] for row in gradients) == 4 * parameters
-    assert sum(row["sent"] for row in gradients) == pytest.approx(2 * 15 / 16 * 4 * parameters)
+    # Buckets are padded a little, and what this step does not reach (clicks, boxes) is not sent.
+    assert sum(row["bytes"] for row in gradients) == pytest.approx(4 * parameters, rel=0.01)
+    assert sum(row["sent"] for row in gradients) == pytest.approx(2 * 15 / 16 * 4 * parameters, rel=0.01)
+    assert all(row["overlapped"] for row in gradients)
 
 
 def test_curves_are_predicted_and_drawn(scaling, tmp_path):
