@@ -114,7 +114,9 @@ class CollectiveRecorder(TorchDispatchMode):
     def _record(self, operator: str, function: OpOverload, args, kwargs) -> None:
         if operator not in KINDS:
             raise NotImplementedError(f"the collective {function} is not known to the recorder")
-        given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
+        arguments = function._schema.arguments
+        given = {argument.name: argument.default_value for argument in arguments}  # an operator is not given these
+        given |= dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
         ranks = _ranks_of(given)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Of a shard and the whole, the whole counts; lists of shards are as large together.

@@ -88,7 +88,8 @@ def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jit
         for engine in dict.fromkeys(line["engine"] for line in traces):
             for count in sorted(gpus):
                 line = nearest(traces, engine, count)
-                found = [moved for one in line["collectives"] if (moved := rescaled(one, line["world_size"], count))]
+                traced = [on_gpu(one, engine) for one in line["collectives"]]
+                found = [moved for one in traced if (moved := rescaled(one, line["world_size"], count))]
                 for objects, (seconds, per_clip, stragglers) in cases.items():
                     setting = {"size": size, "engine": engine, "gpus": count, "objects": objects}
                     timed = step_time(found, A100, seconds, stragglers)
@@ -101,6 +102,13 @@ def nearest(traces: Sequence[dict], engine: str, ranks: int) -> dict:
     """The trace of the fewest ranks that are no fewer than `ranks`, else of the most."""
     own = sorted((line for line in traces if line["engine"] == engine), key=lambda line: line["world_size"])
     return next((line for line in own if line["world_size"] >= ranks), own[-1])
+
+
+def on_gpu(one: Collective, engine: str) -> Collective:
+    """A collective that was traced on a CPU as it is on a GPU: there `fully_shard` has streams of its own for weights
+    and gradients, but not for the norm."""
+    streamed = engine in ("fsdp", "hybrid") and one.phase != "update" and one.size > 8
+    return replace(one, overlapped=True) if streamed else one
 
 
 def rescaled(one: Collective, traced: int, ranks: int) -> Collective | None:

@@ -149,10 +149,19 @@ def _fakes_allowed(engine: str) -> Iterator[None]:
 
             stack.enter_context(mock.patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None))
         if ENGINES[engine]["kind"] == "fsdp":
+            from torch.distributed.fsdp._fully_shard import _fsdp_param
+
             from sam2fast.parallel import fsdp
 
+            # The shards of 256 ranks would be made of every parameter, each a fake tensor: this rank needs its own.
+            stack.enter_context(mock.patch.object(_fsdp_param, "_chunk_with_empty", _first_chunk))
             stack.enter_context(mock.patch.object(fsdp, "_build_mesh", _plain(fsdp._build_mesh)))
         yield
+
+
+def _first_chunk(tensor: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+    """The first of the chunks of torch.chunk, which is that of rank 0."""
+    return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // count))]
 
 
 def _plain(build: Callable) -> Callable:
