@@ -165,7 +165,8 @@ def faults() -> list[Fault]:
         Fault("loss not finite", fault=f"nan:1:{FAULT_AT}", overrides=["max_bad_steps=3"]),
         Fault("rank with another seed", fault="seed:1:0"),
         Fault("rank that draws another prompt", fault=f"plan:1:{FAULT_AT}"),
-        Fault("rank that stalls", fault=f"stall:1:{FAULT_AT}", overrides=[quick, "engine.stall_minutes=0.1"]),
+        Fault("rank that stalls, torchrun", fault=f"stall:1:{FAULT_AT}", overrides=[quick, "engine.stall_minutes=0.1"],
+              launcher=TORCHRUN),
         Fault("out of memory", fault=f"memory:1:{FAULT_AT}"),
         Fault("loader process killed", kill_loader, overrides=["data.workers=1"]),
     ]  # fmt: skip
