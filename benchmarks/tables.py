@@ -1,9 +1,10 @@
-"""Write the tables of docs/performance.md from the files in results/.
+"""Write the tables of docs/performance.md and docs/scaling.md from the files in results/.
 
     python benchmarks/tables.py
 
 replaces what stands between `<!-- table NAME -->` and `<!-- end -->`. Computed figures come from step_counts.csv and
-step_parts.csv and graph_counts.csv, measured ones from step_time.csv and profile_step_h100.csv.
+step_parts.csv and graph_counts.csv, measured ones from step_time.csv and profile_step_h100.csv; docs/scaling.md shows
+the files scaling_*.csv.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-PAGE = FOLDER.parent / "docs" / "performance.md"
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("performance.md", "scaling.md"))
+ENGINES = {
+    "torch": "torch",
+    "zero0": "ZeRO 0",
+    "zero1": "ZeRO 1",
+    "zero2": "ZeRO 2",
+    "zero3": "ZeRO 3",
+    "fsdp": "FSDP, full",
+    "hybrid": "FSDP, hybrid",
+}
 SIZES = {"tiny": "T", "base_plus": "B+", "large": "L"}
 BATCHES = {"video": "8 frames x 3 objects", "points": "the same, clicked", "image": "image, 64 masks"}
 POLICIES = {
@@ -126,6 +136,73 @@ def profile(shape: str) -> list[str]:
     return lines
 
 
+def collectives(size: str) -> list[str]:
+    """What the step of each engine sends on 256 ranks, beside the least."""
+    rows = [row for row in _read("scaling_collectives.csv") if (row["size"], row["world_size"]) == (size, "256")]
+    lines = [
+        "| engine | collective | while | group | dtype | number | MB of buffers | MB sent | least | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for engine, name in ENGINES.items():
+        for row in (row for row in rows if row["engine"] == engine and int(row["bytes"]) >= 1e6):
+            whole = row["kind"] == "all"
+            group = f"{row['ranks']}" + (f", every {row['stride']}th" if row["stride"] not in ("", "1") else "")
+            when = row["phase"] + (", overlapped" if row["overlapped"] == "True" else "")
+            cells = ["all", "", "", ""] if whole else [row["kind"], when, group, row["dtype"]]
+            cells += [row["count"], f"{int(row['bytes']) / 1e6:,.0f}", f"{float(row['sent']) / 1e6:,.0f}"]
+            cells += [f"{float(row['least']) / 1e6:,.0f}", f"{float(row['ratio']):.3f}"] if whole else ["", ""]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def predicted(size: str) -> list[str]:
+    """Steps of 1 to 256 A100s: milliseconds, of which communication that is not hidden, and efficiencies."""
+    rows = [row for row in _read("scaling_predicted.csv") if row["size"] == size]
+    known = {(row["engine"], row["objects"], int(row["gpus"])): row for row in rows}
+    counts = [count for count in (1, 8, 64, 256) if any(key[2] == count for key in known)]
+    lines = ["| engine | " + " | ".join(f"{count} GPUs" for count in counts) + " | objects vary | GB |"]
+    lines.append("|---" * (len(counts) + 3) + "|")
+    for engine, name in ENGINES.items():
+        own = {count: known[engine, "equal", count] for count in counts if (engine, "equal", count) in known}
+        if not own:
+            continue
+        cells = [
+            f"{float(row['ms']):.0f} ({float(row['ms_communication']):.1f}), {float(row['efficiency']):.3f}"
+            for row in own.values()
+        ]
+        last = max(own)
+        cells += [f"{float(known[engine, 'vary', last]['efficiency']):.3f}", f"{float(own[last]['memory_gb']):.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cpu_ranks() -> list[str]:
+    """Measured CPU ranks beside their prediction."""
+    lines = [
+        "| engine | ms, 1 rank | ms, 2 ranks, measured | predicted | of it communication | error |",
+        "|---" * 6 + "|",
+    ]
+    for row in _read("scaling_checked.csv"):
+        cells = [f"{float(row[key]):.0f}" for key in ("ms_one_rank", "ms_measured", "ms_predicted", "ms_communication")]
+        lines.append(f"| {ENGINES[row['engine']]} | " + " | ".join(cells) + f" | {100 * float(row['error']):+.0f} % |")
+    return lines
+
+
+def scaling(mode: str) -> list[str]:
+    """What measure.py measured, weak or strong scaling."""
+    rows = [row for row in _read("scaling_measured.csv") if row["mode"] == mode]
+    lines = [
+        "| engine | ranks | ms | p95 | variation between ranks | frame-objects/s | efficiency | MB |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        cells = [row["ranks"], f"{float(row['ms']):.0f}", f"{float(row['ms_p95']):.0f}"]
+        cells += [f"{100 * float(row['variation']):.0f} %", f"{float(row['frame_objects_per_s']):.2f}"]
+        cells += [f"{float(row['efficiency']):.2f}", f"{float(row['peak_mb']):.0f}"]
+        lines.append(f"| {ENGINES[row['engine']]} | " + " | ".join(cells) + " |")
+    return lines
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "parts": parts,
     "memory": memory,
@@ -133,11 +210,14 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "ablation": ablation,
     "times": times,
     "profile": profile,
+    "collectives": collectives,
+    "predicted": predicted,
+    "cpu_ranks": cpu_ranks,
+    "scaling": scaling,
 }
 
 
 def main() -> int:
-    text = PAGE.read_text()
     pattern = re.compile(r"<!-- table (\w+) ?(\S*) -->\n.*?<!-- end -->", re.DOTALL)
 
     def fill(match: re.Match[str]) -> str:
@@ -145,10 +225,11 @@ def main() -> int:
         table = TABLES[name](argument) if argument else TABLES[name]()
         return "\n".join([f"<!-- table {name}{f' {argument}' if argument else ''} -->", *table, "<!-- end -->"])
 
-    partial = PAGE.with_suffix(".partial")
-    partial.write_text(pattern.sub(fill, text))
-    os.replace(partial, PAGE)
-    print(PAGE.relative_to(FOLDER.parent))
+    for page in PAGES:
+        partial = page.with_suffix(".partial")
+        partial.write_text(pattern.sub(fill, page.read_text()))
+        os.replace(partial, page)
+        print(page.relative_to(FOLDER.parent))
     return 0
 
 

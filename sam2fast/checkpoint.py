@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint_files import find_damage, list_files, partial_folder, publish, saving
-from .checkpoint_tensors import Staging, files_of, read_tensors, stored_shapes, write_tensors
+from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, StageConfig, UserError
 from .parallel import BackgroundRanks, Engine, EngineState, Ranks
 from .parallel.state import trained_parameters
@@ -148,6 +148,11 @@ class CheckpointStore:
         else:
             self._write(held.tensors(), header, final)
         return final
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written beside this thread."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Return when nothing is being written any more (called on every rank).
@@ -276,6 +281,20 @@ class CheckpointStore:
                 raise
             raise _unreadable(path, error) from error
         engine.load_state(EngineState.from_tensors(tensors, header["scaler"]))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint of a run, under the names of the model.
+
+    Raises:
+        ResumeError: it is damaged, or of another version.
+    """
+    if damage := _damage(path):
+        raise ResumeError(f"{path} is damaged ({damage}); take another checkpoint of the run")
+    if _header(path).get("format") != FORMAT:
+        raise _other_version(path)
+    keys = [key for key in stored_shapes(path) if key.startswith("weights/")]
+    return {key.removeprefix("weights/"): value for key, value in read_alone(keys, path).items()}
 
 
 FORMAT = 2

@@ -3,7 +3,8 @@ holds, and any number of ranks reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -94,6 +95,23 @@ def read_tensors(own: Mapping[str, Tensor], folder: Path, group: dist.ProcessGro
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
     except dcp.api.CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
+    return tensors
+
+
+def read_alone(keys: Iterable[str], folder: Path) -> dict[str, Tensor]:
+    """Some tensors of `folder`, in a process without ranks.
+
+    Raises:
+        Exception: they cannot be read.
+    """
+    stored = _metadata(folder)
+    tensors = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in keys}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        except dcp.api.CheckpointException as error:
+            raise error.failures[0][0] from None
     return tensors
 
 

@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return train(args.config, overrides)
     if args.command == "evaluate":
         return evaluate(args.config, args.checkpoint, overrides)
+    if args.command == "export":
+        return export(args)
     if args.command == "check-data":
         return check_data(args)
     if args.command == "augmentations":
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True)
     sub.add_argument("--checkpoint", required=True, help="official SAM 2 checkpoint, for example RUN/export/model.pt")
     _add_overrides(sub)
+    _add_export(commands.add_parser("export", help="write weights in a layout that other programs read"))
     _add_check_data(commands.add_parser("check-data", help="say what a dataset holds and everything wrong with it"))
     _add_augmentations(commands.add_parser("augmentations", help="draw samples before and after each augmentation"))
     commands.add_parser("synthesize", help="write a synthetic dataset", add_help=False)
@@ -67,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH",
+                        help="official SAM 2 checkpoint, or a folder RUN/checkpoints/step_XXXXXXXX")  # fmt: skip
+    parser.add_argument("--layout", choices=("official", "huggingface"), default="official",
+                        help="default %(default)s: model.pt, encoder.pt, decoder.pt, memory.pt")  # fmt: skip
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument("--image-size", type=int, default=1024, metavar="N",
+                        help="input side that the Hugging Face configuration names (default %(default)s)")  # fmt: skip
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +167,18 @@ def evaluate(config_path: str, checkpoint: str, overrides: list[str]) -> int:
         for name, value in evaluate_checkpoint(config, checkpoint, ranks).items():
             if ranks.main:
                 print(f"{name:32} {value:.4g}")
+
+    return _guarded(body)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write weights in another layout; returns the exit code."""
+
+    def body() -> None:
+        from .export import export
+
+        export(args.checkpoint, args.layout, args.out, args.image_size)
+        print(f"wrote {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
     return _guarded(body)
 

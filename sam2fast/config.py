@@ -172,6 +172,10 @@ class OptimConfig(Section):
     """inverse_sqrt: the rate falls as 1 / sqrt(1 + steps since the warm-up / timescale)."""
     final_scale: Probability = 0.1
     """cosine: last learning rate as a share of the first."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, for instance 0.999. It is validated in place of the
+    weights, and left as ema.pt of the stage and export/model_ema.pt. Costs a copy of the trained weights and a pass
+    over them in each step; not with ZeRO 3."""
     missing_grad: Literal["zero", "skip"] = "zero"
     """Parameters that a batch does not reach: `zero` updates them with a zero gradient (the same with every engine),
     `skip` leaves them alone (the official trainer; not with ZeRO 1-3, whose flat partitions cannot)."""

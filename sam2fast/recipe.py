@@ -5,8 +5,8 @@ The run folder:
 
     config.yaml       the resolved configuration
     checkpoints/      the state of the stage being trained, the last `checkpoint.keep` of them
-    stages/           weights at the end of each stage (official layout)
-    export/           model.pt (official layout) and encoder.pt, decoder.pt, memory.pt
+    stages/           weights at the end of each stage (official layout), with `optim.ema` also their averages
+    export/           model.pt (official layout), encoder.pt, decoder.pt, memory.pt, and model_ema.pt with `optim.ema`
     bad_data.jsonl    videos and images that could not be used, if there are any
     log.jsonl, tensorboard/, curves/, overlays/
 """
@@ -246,7 +246,9 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
         if state.stopped and state.step < stage.steps:
             run.telemetry.warn(f"stage {stage.name} ends early at step {state.global_step}: {state.stopped}")
         HERE.go("saving the weights of the stage")
-        weights = engine.full_state_dict()
+        weights = {"model.pt": engine.full_state_dict()}
+        if stage.optim.ema is not None:
+            weights["ema.pt"] = engine.averaged_state_dict()
     finally:
         engine.close()
     folder = run.folder.stage(config, state.stage)
@@ -254,9 +256,14 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
     state.stage, state.step, state.stopped = state.stage + 1, 0, ""
     state.entries = []
 
+    def write(path: Path) -> None:
+        for name, values in weights.items():
+            save_checkpoint(values, path / name)
+        save_state(path, state)
+
     def save() -> None:
         with saving(f"the weights of stage {stage.name}", folder):
-            write_folder(folder, lambda path: (save_checkpoint(weights, path / "model.pt"), save_state(path, state)))
+            write_folder(folder, write)
 
     ranks.agree(lambda: save() if ranks.main else None)
 
@@ -308,11 +315,16 @@ def _finish(config: Config, folder: RunFolder) -> None:
     """Export the final weights, draw the curves and print the summary."""
     from rich.console import Console
 
-    weights = folder.stage(config, len(config.stages) - 1) / "model.pt"
+    last = folder.stage(config, len(config.stages) - 1)
     export = folder.path / "export"
+
+    def write(path: Path) -> None:
+        shutil.copyfile(last / "model.pt", path / "model.pt")
+        split_checkpoint(last / "model.pt", path)
+        if (last / "ema.pt").is_file():
+            shutil.copyfile(last / "ema.pt", path / "model_ema.pt")
+
     with saving("the final weights", export):
-        write_folder(
-            export, lambda path: (shutil.copyfile(weights, path / "model.pt"), split_checkpoint(weights, path))
-        )
+        write_folder(export, write)
     write_curves(folder.path)
     Console().print(summarize(folder.path))

@@ -92,7 +92,7 @@ def append_csv(result: Result, device: torch.device) -> Path:
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else "",
         "copy_gbps": f"{result.copy_gbps:.4g}",
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -108,7 +108,7 @@ def append_csv(result: Result, device: torch.device) -> Path:
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short hash of the checkout, with a + where it has changes; empty outside git."""
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,16 @@ class TorchEngine:
         if self.scaler.is_enabled() and state.scaler:
             values = {"scale": state.scaler["scale"], "_growth_tracker": state.scaler["good_steps"]}
             self.scaler.load_state_dict(self.scaler.state_dict() | values)
+
+    def local_weights(self) -> dict[str, Tensor]:
+        return {name: param.data for name, param in trained_parameters(self.module).items()}
+
+    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
+        return {name: value for name, value in local.items() if name in own}
+
+    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(given)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,6 +57,16 @@ class Engine(Protocol):
             UserError: this engine cannot represent it.
         """
 
+    def local_weights(self) -> dict[str, Tensor]:
+        """This rank's part of each trained weight, by name: what the optimizer updates. Rows of it where the engine
+        shards weights."""
+
+    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors with the shapes of `local_weights`, as `state` gives weights."""
+
+    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors as `load_state` takes weights, with the shapes of `local_weights`."""
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights on the CPU, on every rank."""
 
@@ -81,7 +91,28 @@ def build_engine(
 
     Args:
         rebuild: makes an untrained module of the same shape, for engines that shard the weights they train.
+
+    Raises:
+        ConfigError: settings that do not go together.
     """
+    engine = _build(config, optim, ranks, module, groups, precision, accumulate, rebuild)
+    if optim.ema is None:
+        return engine
+    from .average import AveragingEngine
+
+    return AveragingEngine(engine, optim.ema)
+
+
+def _build(
+    config: EngineConfig,
+    optim: OptimConfig,
+    ranks: Ranks,
+    module: nn.Module,
+    groups: list[dict],
+    precision: str,
+    accumulate: int,
+    rebuild: Callable[[], nn.Module],
+) -> Engine:
     kind = resolve_kind(config)
     if kind == "deepspeed":
         from .zero import DeepSpeedEngine

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -148,6 +148,15 @@ class FSDPEngine:
             state["step"] = torch.zeros((), device=shard.device)
             state |= {key: torch.zeros_like(shard.data) for key in MOMENTS}
         return state
+
+    def local_weights(self) -> dict[str, Tensor]:
+        return {name: shard.data for name, shard in self.shards.items()}
+
+    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _as_sharded(value, self.sharded[name]) for name, value in local.items()}
+
+    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to_local() if isinstance(value, DTensor) else value for name, value in given.items()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {

@@ -29,10 +29,13 @@ class EngineState:
     One that has not been updated yet has none."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """`scale` and `good_steps` (since it last changed) of float16's loss scaling; empty in other precisions."""
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    """Moving averages of trained parameters by name, where they are kept."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors under one flat key each: `weights/NAME`, `moments/NAME/exp_avg`."""
+        """All tensors under one flat key each: `weights/NAME`, `averages/NAME`, `moments/NAME/exp_avg`."""
         flat = {f"weights/{name}": value for name, value in self.weights.items()}
+        flat |= {f"averages/{name}": value for name, value in self.averages.items()}
         for name, values in self.moments.items():
             flat |= {f"moments/{name}/{key}": value for key, value in values.items()}
         return flat
@@ -45,6 +48,8 @@ class EngineState:
             kind, name = key.split("/", 1)
             if kind == "weights":
                 state.weights[name] = value
+            elif kind == "averages":
+                state.averages[name] = value
             else:
                 name, key = name.rsplit("/", 1)
                 state.moments.setdefault(name, {})[key] = value

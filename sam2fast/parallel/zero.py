@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .engine import (
     set_rates,
 )
 from .mesh import Ranks
-from .state import EngineState
+from .state import EngineState, owned_names, trained_parameters
 from .zero_state import gather_state, scatter_state
 
 DEFAULT_STAGE = 1
@@ -72,6 +72,11 @@ class DeepSpeedEngine:
             raise ConfigError(
                 f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
                 "parameter; set optim.missing_grad=zero, engine.zero_stage=0 or engine.kind=torch"
+            )
+        if self.stage == 3 and optim.ema is not None:
+            raise ConfigError(
+                "optim.ema cannot work with ZeRO stage 3, which keeps no whole weights to average; set "
+                "engine.zero_stage=2 or engine.kind=fsdp, or leave optim.ema empty"
             )
         if self.stage == 3 and any(part._compiled_call_impl for part in module.modules()):
             raise ConfigError(
@@ -141,6 +146,16 @@ class DeepSpeedEngine:
             self.loss_scale = LossScale(scaler["scale"], scaler["good_steps"]) if scaler else LossScale()
             if self.stage > 0:
                 self.optimizer.override_loss_scale(self.loss_scale.value)
+
+    def local_weights(self) -> dict[str, Tensor]:
+        return {name: param.data for name, param in trained_parameters(self.module).items()}
+
+    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
+        return {name: value for name, value in local.items() if name in own}
+
+    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(given)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         if self.stage < 3:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sam2fast.cli import main
 from sam2fast.evaluation.propagation import PointPrompt, propagate
 from sam2fast.models.architecture import architecture
+from sam2fast.models.huggingface import huggingface_config, to_huggingface
 from sam2fast.models.official import from_official, to_official
 from sam2fast.models.sam2 import SAM2
 
@@ -207,3 +209,32 @@ def test_video_tracking_agrees(models, prompt, monkeypatch):
         theirs_t = F.interpolate(theirs_t, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0]
         torch.testing.assert_close(ours_t, theirs_t, atol=TOLERANCE, rtol=0)
     assert (got[-1] - got[0]).abs().max() > 0.1
+
+
+def test_export_is_what_transformers_reads(tmp_path):
+    """Against the names above, which were written the other way round, and by reading the files strictly."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    torch.manual_seed(0)
+    state = to_official(SAM2(architecture("micro", image_size=SIZE)).state_dict())
+    source, folder = tmp_path / "model.pt", tmp_path / "exported"
+    torch.save({"model": state}, source)
+    arguments = ["export", "--checkpoint", str(source), "--layout", "huggingface", "--out", str(folder)]
+    assert main([*arguments, "--image-size", str(SIZE)]) == 0
+    video, report = transformers.Sam2VideoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    back = official_names(video.state_dict())
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert video.config.image_size == SIZE and video.config.memory_attention_rope_feat_sizes == [SIZE // 16] * 2
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+@pytest.mark.parametrize("size", ["tiny", "small", "base_plus", "large"])
+def test_exported_configuration_has_the_shapes_of_each_size(size, version):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    arch = architecture(size, version)
+    with torch.device("meta"):
+        video = transformers.Sam2VideoModel(transformers.Sam2VideoConfig(**huggingface_config(arch)))
+        wanted = to_huggingface(to_official(SAM2(arch).state_dict()))
+    got = video.state_dict()
+    assert {name: value.shape for name, value in got.items()} == {name: value.shape for name, value in wanted.items()}

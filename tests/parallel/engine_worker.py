@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sam2fast.config import EngineConfig, OptimConfig
 from sam2fast.parallel import Engine, EngineState, Ranks, build_engine, setup, teardown
 
-STEPS, LAST, BAD_STEP, ACCUMULATE, GLOBAL_BATCH = 10, 3, 5, 2, 8
+STEPS, LAST, BAD_STEP, ACCUMULATE, GLOBAL_BATCH, DECAY = 10, 3, 5, 2, 8, 0.8
 ENGINES = {
     "torch": {"kind": "torch"},
     "fsdp": {"kind": "fsdp"},
@@ -58,9 +58,10 @@ def groups_of(module: nn.Module) -> list[dict]:
 
 def run(ranks: Ranks, settings: dict, precision: str, others: dict[str, EngineState]) -> tuple:
     """What happened, and the state before the last steps; `others` are states to continue from as well."""
+    averaging = settings.get("zero_stage") != 3
     engine = build_engine(
         EngineConfig(**settings),
-        OptimConfig(lr=1e-2, clip=1.0),
+        OptimConfig(lr=1e-2, clip=1.0, ema=DECAY if averaging else None),
         ranks,
         (module := Net()),
         groups_of(module),
@@ -77,13 +78,16 @@ def run(ranks: Ranks, settings: dict, precision: str, others: dict[str, EngineSt
         norms.append(float(result.grad_norm))
         skipped.append(bool(result.skipped))
     weights = {name: value.tolist() for name, value in engine.full_state_dict().items()}
-    with engine.evaluation() as whole:
+    with (engine.engine if averaging else engine).evaluation() as whole:
         output = whole(torch.ones(1, 8), True).tolist() if ranks.main else None  # one rank alone must not hang
     ranks.barrier()
+    averages = averages_of(engine) if averaging else None
     continued = {}
     for name, state in {"own": saved, **others}.items():
         engine.load_state(given_to(engine, copy.deepcopy(state)))
         continued[name] = [train_step(engine, ranks, step)[0] for step in range(STEPS - LAST, STEPS)]
+        if averaging and name == "own":
+            assert averages_of(engine) == averages
     engine.close()
     return {
         "losses": losses,
@@ -91,8 +95,20 @@ def run(ranks: Ranks, settings: dict, precision: str, others: dict[str, EngineSt
         "skipped": skipped,
         "weights": weights,
         "output": output,
+        "averages": averages,
         "continued": continued,
     }, saved
+
+
+def averages_of(engine: Engine) -> dict[str, list]:
+    """The averaged weights, which are those of the evaluation; the weights that train stay."""
+    before = copy.deepcopy(engine.full_state_dict())
+    averages = engine.averaged_state_dict()
+    with engine.evaluation() as module:
+        assert all(torch.equal(module.state_dict()[name], value) for name, value in averages.items())
+    after = engine.full_state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    return {name: value.tolist() for name, value in averages.items()}
 
 
 def whole_state(engine: Engine, ranks: Ranks) -> EngineState:

@@ -64,6 +64,10 @@ def test_losses_and_weights_equal_the_torch_engine(results: dict, name: str) -> 
     torch.testing.assert_close(
         torch.tensor(got["output"]), torch.tensor(want["output"]), rtol=0, atol=10 * results["tolerance"]
     )
+    for key, value in (got["averages"] or {}).items():
+        torch.testing.assert_close(
+            torch.tensor(value), torch.tensor(want["averages"][key]), rtol=0, atol=results["tolerance"]
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,15 +105,18 @@ def test_two_ranks_equal_one(results: dict, reference: dict) -> None:
 
 
 def test_the_torch_engine_is_adamw(reference: dict) -> None:
-    """Against torch.optim.AdamW written out by hand, with zero gradients where a batch does not reach a parameter."""
+    """Against torch.optim.AdamW written out by hand, with zero gradients where a batch does not reach a parameter, and
+    against the definition of the moving average."""
     sys.path.insert(0, str(WORKER.parent))
-    from engine_worker import ACCUMULATE, BAD_STEP, GLOBAL_BATCH, STEPS, Net, groups_of
+    from engine_worker import ACCUMULATE, BAD_STEP, DECAY, GLOBAL_BATCH, STEPS, Net, groups_of
 
     module = Net()
+    averages = {name: value.clone() for name, value in module.state_dict().items()}
     optimizer = torch.optim.AdamW(groups_of(module))
     for step in range(STEPS):
         x = torch.randn(GLOBAL_BATCH, 8, generator=torch.Generator().manual_seed(step))
         if step == BAD_STEP:
+            average(averages, module, DECAY)
             continue
         optimizer.zero_grad()
         for part in x.chunk(ACCUMULATE):
@@ -120,5 +127,12 @@ def test_the_torch_engine_is_adamw(reference: dict) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * (1 - step / 20)
         optimizer.step()
+        average(averages, module, DECAY)
     for key, value in module.state_dict().items():
         torch.testing.assert_close(torch.tensor(reference["weights"][key]), value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(reference["averages"][key]), averages[key], rtol=0, atol=1e-6)
+
+
+def average(averages: dict[str, torch.Tensor], module: torch.nn.Module, decay: float) -> None:
+    for name, value in module.state_dict().items():
+        averages[name] = decay * averages[name] + (1 - decay) * value

@@ -1,0 +1,1 @@
+"""Scaling over ranks: measured on those there are, predicted for more."""
