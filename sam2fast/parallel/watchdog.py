@@ -105,8 +105,10 @@ class Watchdog:
         if self._board is None:
             self._say(f"no progress for {minutes:.1f} minutes: {self._myself()}")
             return
-        name, text = find_cause(self._look())
-        if HERE.since == since and self._board.claim(f"stall of {name} at {self._told}"):
+        found = self._look()
+        name, text = find_cause(found)
+        behind = min(each.sequence for each in found)
+        if HERE.since == since and self._board.claim(f"stall of {name} at {behind}"):
             self._say(
                 f"no progress for {minutes:.1f} minutes: {text}. After engine.timeout_minutes="
                 f"{self._config.timeout_minutes:g} the run ends; py-spy dump --pid PROCESS says where a process hangs"

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import torch
 from forked import Launch, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +31,7 @@ from sam2fast import train  # noqa: E402, F401  (first: it makes both packages i
 from sam2fast.checkpoint import CheckpointStore  # noqa: E402
 from sam2fast.config_file import load_config  # noqa: E402
 from sam2fast.data.synthetic import write_dataset  # noqa: E402
-from sam2fast.parallel import Ranks  # noqa: E402
+from sam2fast.parallel import setup  # noqa: E402
 from sam2fast.parallel.mesh import free_port  # noqa: E402
 from sam2fast.run_folder import RunFolder  # noqa: E402
 
@@ -165,7 +164,8 @@ def faults() -> list[Fault]:
         Fault("loss not finite", fault=f"nan:1:{FAULT_AT}", overrides=["max_bad_steps=3"]),
         Fault("rank with another seed", fault="seed:1:0"),
         Fault("rank that draws another prompt", fault=f"plan:1:{FAULT_AT}"),
-        Fault("rank that stalls", fault=f"stall:1:{FAULT_AT}", overrides=[quick, "engine.stall_minutes=0.1"]),
+        Fault("rank that stalls, torchrun", fault=f"stall:1:{FAULT_AT}", overrides=[quick, "engine.stall_minutes=0.1"],
+              launcher=TORCHRUN),
         Fault("out of memory", fault=f"memory:1:{FAULT_AT}"),
         Fault("loader process killed", kill_loader, overrides=["data.workers=1"]),
     ]  # fmt: skip
@@ -220,7 +220,7 @@ def continuation(run: Started, printed: str) -> tuple[int, int, list[str]]:
         return FAULT_AT, int(went_on[1]), []
     if not (run.output / "config.yaml").exists():
         return 0, 0, []  # it did not begin
-    store = CheckpointStore(load_config(run.output / "config.yaml"), Ranks(0, 1, 0, torch.device("cpu")))
+    store = CheckpointStore(load_config(run.output / "config.yaml"), setup("cpu"))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         state, _ = RunFolder(run.output).find_state(store)
