@@ -215,12 +215,15 @@ class StageConfig(Section):
 
 
 class EngineConfig(Section):
-    """How gradients meet. `auto`: DeepSpeed under the deepspeed launcher or with zero_stage set, else torch."""
+    """How gradients meet. `auto`: DeepSpeed under the deepspeed launcher or where one of its settings is given, else
+    torch."""
 
     kind: Literal["auto", "torch", "fsdp", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] | None = None
     deepspeed_config: str | None = None
     """JSON file whose entries override ours (also --deepspeed_config)."""
+    offload_optimizer: bool = False
+    """DeepSpeed ZeRO 1 to 3: optimizer states and the update are in main memory and on the CPU. Slower."""
     shard_size: Positive | Literal["node"] | None = None
     """FSDP: ranks that a copy of weights and optimizer state is sharded over. Empty: all; fewer, or `node` for those of
     a node, is hybrid sharding: gathering stays among them, gradients are averaged over the copies."""
@@ -232,7 +235,12 @@ class EngineConfig(Section):
     """A run that has not moved for as long (at most half of timeout_minutes) says which rank is late, and where."""
 
     @model_validator(mode="after")
-    def _shards_with_fsdp(self) -> EngineConfig:
+    def _settings_of_the_kind(self) -> EngineConfig:
+        if self.offload_optimizer and self.kind in ("torch", "fsdp"):
+            raise ValueError(
+                f"engine.offload_optimizer is true and engine.kind is {self.kind}, but only DeepSpeed has it; set "
+                "engine.kind=deepspeed, or remove engine.offload_optimizer"
+            )
         if self.shard_size is not None and self.kind != "fsdp":
             raise ValueError(
                 f"engine.shard_size is {self.shard_size} and engine.kind is {self.kind}, but only FSDP has it; set "

@@ -13,9 +13,6 @@ from .architecture import Architecture
 from .layers import Conv2d, fold_projections
 from .trunk import HieraTrunk
 
-Projection = tuple[Tensor, Tensor]
-"""Weight [out, in, 1, 1] and bias [out] of a 1 x 1 convolution."""
-
 
 class FpnNeck(nn.Module):
     """Projects every stage to one width; the stage of stride 16 also receives the upsampled stage of stride 32."""
@@ -27,17 +24,19 @@ class FpnNeck(nn.Module):
             nn.Sequential(OrderedDict(conv=Conv2d(width, dim, kernel_size=1))) for width in reversed(channels)
         )
 
-    def forward(self, features: list[Tensor], after: Sequence[Projection] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: list[Tensor], after: Sequence[Conv2d] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Stage features (fine to coarse) to maps [B, dim, ...] of strides 4, 8 and 16.
 
-        With `after`, the weights [dim', dim, 1, 1] and biases of the projections that follow at strides 4 and 8, these
-        two maps are the results of both, [B, dim', ...]; maps of width `dim` are never made.
+        With `after`, the 1 x 1 convolutions to dim' that follow at strides 4 and 8, these two maps are the results of
+        both, [B, dim', ...]; maps of width `dim` are never made.
         """
         rows = list(zip(self.convs, reversed(features), strict=True))
         coarse, top = (conv(x) for conv, x in rows[:2])
         if after:
             middle, fine = (
-                _project(x, conv.conv(), projection)
+                # Their weights are asked for here, after the trunk: asked for before it, their gradients would be ready
+                # after its own, and hold back the all-reduce of all others.
+                _project(x, conv.conv(), projection())
                 for (conv, x), projection in zip(rows[2:], reversed(after), strict=True)
             )
         else:
@@ -46,8 +45,9 @@ class FpnNeck(nn.Module):
         return fine, middle, top + F.interpolate(coarse.float(), scale_factor=2.0, mode="nearest")
 
 
-def _project(x: Tensor, first: Projection, second: Projection) -> Tensor:
-    """Two 1 x 1 convolutions of x [B, C, h, w] as one matrix product: W2 (W1 x + b1) + b2 = (W2 W1) x + W2 b1 + b2."""
+def _project(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Two 1 x 1 convolutions, each its weight [out, in, 1, 1] and bias [out], of x [B, C, h, w] as one matrix product:
+    W2 (W1 x + b1) + b2 = (W2 W1) x + W2 b1 + b2."""
     weight, bias = fold_projections(*((weight.flatten(1), bias) for weight, bias in (first, second)))
     return F.linear(x.permute(0, 2, 3, 1), weight, bias + second[1]).permute(0, 3, 1, 2)
 
@@ -60,7 +60,7 @@ class ImageEncoder(nn.Module):
         self.trunk = HieraTrunk(arch, performance)
         self.neck = FpnNeck(arch.channels, arch.hidden_dim)
 
-    def forward(self, images: Tensor, after: Sequence[Projection] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, after: Sequence[Conv2d] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized images [B, 3, H, W] to maps of strides 4, 8 and 16, each [B, 256, ...]; for `after` see the
         neck."""
         return self.neck(self.trunk(images), after)

@@ -189,7 +189,7 @@ class SAM2(nn.Module):
     def encode_images(self, frames: Tensor) -> ImageFeatures:
         """Encode frames [B, 3, S, S], uint8 or normalized."""
         dtype, projections = self.dtype, (self.sam_mask_decoder.conv_s0, self.sam_mask_decoder.conv_s1)
-        folded = [conv() for conv in projections] if self.performance.folded_projections else []
+        folded = projections if self.performance.folded_projections else ()
         rounds = self.bfloat16_streams and compute_dtype(frames) == torch.bfloat16
         trunk, stream = self.image_encoder.trunk, torch.bfloat16 if rounds else dtype
         trunk.recompute, trunk.stream_dtype = self.recompute, torch.bfloat16 if rounds else None

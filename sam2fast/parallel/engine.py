@@ -138,7 +138,8 @@ def resolve_kind(config: EngineConfig) -> str:
         return config.kind
     # The deepspeed launcher sets both, torchrun neither.
     launched = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ
-    return "deepspeed" if launched or config.zero_stage is not None or config.deepspeed_config else "torch"
+    asked = config.zero_stage is not None or config.deepspeed_config or config.offload_optimizer
+    return "deepspeed" if launched or asked else "torch"
 
 
 def is_write_error(error: Exception) -> bool:

@@ -26,7 +26,7 @@ from .engine import (
 )
 from .mesh import Ranks
 from .state import EngineState, owned_names, trained_parameters
-from .zero_state import gather_state, scatter_state
+from .zero_state import gather_state, partitions, scatter_state
 
 DEFAULT_STAGE = 1
 """States are a small part of SAM 2's memory, and stage 1 shards what is worth sharding without re-gathering weights."""
@@ -62,6 +62,7 @@ class DeepSpeedEngine:
     ) -> None:
         settings = deepspeed_settings(config, optim, accumulate)
         self.stage = settings["zero_optimization"]["stage"]
+        self.offloads = _offloads(settings["zero_optimization"], "offload_optimizer")
         self.layout = {
             "engine": "deepspeed",
             "zero_stage": self.stage,
@@ -116,9 +117,14 @@ class DeepSpeedEngine:
         if self.loss_scale:
             self.loss_scale.update(skipped)
             self.optimizer.override_loss_scale(self.loss_scale.value)
+        # A parameter that the next batch does not reach would otherwise be updated with this step's gradient again.
         if self.stage == 3:
-            # A parameter that the next batch does not reach would otherwise be updated with this step's gradient again.
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        if self.offloads:
+            self.optimizer.norm_for_param_grads.clear()
+            for flat, _ in partitions(self.optimizer, self.stage):
+                if flat.grad is not None:
+                    flat.grad.zero_()
         return StepResult(norm, torch.tensor(float(skipped), device=self.ranks.device))
 
     def _step_unsharded(self) -> StepResult:
@@ -238,9 +244,39 @@ def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int
     stage = settings["zero_optimization"]["stage"]
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{config.deepspeed_config} sets ZeRO stage {stage!r}; choose 0, 1, 2 or 3")
+    _place_states(settings, config)
+    if config.reduce_dtype == "bfloat16":
+        settings.setdefault("communication_data_type", "bf16")
     sharded = stage > 0
     settings["gradient_clipping"] = optim.clip or 0.0 if sharded else 0.0
     return settings
+
+
+def _place_states(settings: dict, config: EngineConfig) -> None:
+    """Optimizer states in main memory, where it is asked for.
+
+    Raises:
+        ConfigError: the ZeRO stage has no such states.
+    """
+    zero = settings["zero_optimization"]
+    stage = zero["stage"]
+    if config.offload_optimizer:
+        zero.setdefault("offload_optimizer", {"device": "cpu"})
+
+    if _offloads(zero, "offload_optimizer") and stage == 0:
+        raise ConfigError(
+            "ZeRO stage 0 keeps whole optimizer states on the device and cannot offload them; set engine.zero_stage=1 "
+            "(or 2 or 3), or remove engine.offload_optimizer (offload_optimizer in a DeepSpeed file)"
+        )
+    if _offloads(zero, "offload_param") and stage < 3:
+        raise ConfigError(
+            f"{config.deepspeed_config} sets offload_param, which needs ZeRO stage 3 and has stage {stage}; set "
+            "engine.zero_stage=3, or remove it"
+        )
+
+
+def _offloads(zero: dict, entry: str) -> bool:
+    return (zero.get(entry) or {}).get("device", "none") != "none"
 
 
 def _read_json(path: str) -> dict:

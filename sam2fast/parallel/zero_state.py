@@ -55,7 +55,7 @@ def scatter_state(state: EngineState, module: nn.Module, optimizer: Any, stage: 
         return
     optimizer.refresh_fp32_params()
     names = {id(param): name for name, param in trained.items()}
-    inner, flats = optimizer.optimizer, _partitions(optimizer, stage)
+    inner, flats = optimizer.optimizer, partitions(optimizer, stage)
     inner.state.clear()
     for flat, params in flats:
         step = common_step(state.moments, [names[id(param)] for param in params])
@@ -70,7 +70,7 @@ def scatter_state(state: EngineState, module: nn.Module, optimizer: Any, stage: 
             _set_moment(param, state.moments[name][key], key, stage, ranks)
 
 
-def _partitions(optimizer: Any, stage: int) -> list[tuple[Tensor, list[nn.Parameter]]]:
+def partitions(optimizer: Any, stage: int) -> list[tuple[Tensor, list[nn.Parameter]]]:
     """This rank's flat partitions of master weights, by which the inner optimizer keeps its state, and the parameters
     that each has a part of."""
     if stage == 3:
@@ -108,7 +108,7 @@ def _gather_moments(
     if stage < 3:
         _link_moments(optimizer)
     steps = {}
-    for flat, params in _partitions(optimizer, stage):
+    for flat, params in partitions(optimizer, stage):
         steps |= {id(param): optimizer.optimizer.state[flat]["step"] for param in params}
     moments = {}
     for name, param in trained.items():
@@ -127,7 +127,7 @@ def _link_moments(optimizer: Any) -> None:
     when the others have no moments yet."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    for flat, params in _partitions(optimizer, 2):
+    for flat, params in partitions(optimizer, 2):
         lazy_init_hp_params_optimizer_state(params, flat, optimizer.optimizer.state)
 
 

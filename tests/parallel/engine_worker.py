@@ -25,6 +25,10 @@ ENGINES = {
     "fsdp": {"kind": "fsdp"},
     "fsdp_hybrid": {"kind": "fsdp", "shard_size": 1},
     **{f"deepspeed{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    **{
+        f"deepspeed{stage}_offload": {"kind": "deepspeed", "zero_stage": stage, "offload_optimizer": True}
+        for stage in (2, 3)
+    },
 }
 
 

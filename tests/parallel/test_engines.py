@@ -14,7 +14,8 @@ import torch
 from forked import Launch, environment
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-NAMES = ["torch", "fsdp", "fsdp_hybrid", "deepspeed0", "deepspeed1", "deepspeed2", "deepspeed3"]
+NAMES = ["torch", "fsdp", "fsdp_hybrid", *(f"deepspeed{stage}" for stage in range(4))]
+NAMES += ["deepspeed2_offload", "deepspeed3_offload"]
 
 
 def launch(tmp: Path, precision: str, ranks: int) -> dict:

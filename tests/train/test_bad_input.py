@@ -97,6 +97,10 @@ def test_damaged_data(
         ("device=cuda", ["device", "device=cpu"]),
         ("stages.0.optim.missing_grad=skip engine.kind=deepspeed", ["missing_grad", "zero"]),
         ("engine.deepspeed_config=nowhere.json", ["nowhere.json"]),
+        ("engine.kind=fsdp engine.zero_stage=2", ["engine.kind is fsdp", "engine.kind=deepspeed"]),
+        ("engine.kind=fsdp engine.shard_size=2", ["engine.shard_size is 2", "1 ranks", "[1]"]),
+        ("engine.shard_size=2", ["engine.kind is auto", "engine.kind=fsdp"]),
+        ("engine.offload_optimizer=true engine.zero_stage=0", ["stage 0", "engine.zero_stage=1"]),
     ],
 )
 def test_impossible_settings(
