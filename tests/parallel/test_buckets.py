@@ -8,6 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sam2fast.config import LossConfig
+from sam2fast.data.sample import Batch
+from sam2fast.losses import SegmentationLoss
+from sam2fast.models.architecture import architecture
+from sam2fast.models.plan import RolloutPlan
+from sam2fast.models.sam2 import SAM2
 from sam2fast.parallel.buckets import GradientBuckets
 
 WORLD = 2
@@ -137,3 +143,32 @@ def test_nothing_stays_behind_when_closed(network: Network) -> None:
     net(True).backward()
     for param, grad in zip(net.parameters(), expected(net, True), strict=True):
         assert torch.equal(param.grad, grad)
+
+
+def test_gradients_of_sam2_leave_before_and_during_the_backward_pass_of_its_trunk(network: Network) -> None:
+    """What is used after the trunk does not wait for the trunk's gradients."""
+    torch.manual_seed(0)
+    model = SAM2(architecture("micro", image_size=64, drop_path=0.0, memory_dropout=0.0)).train()
+    params = dict(model.named_parameters())
+    trunk = [name for name in params if "trunk" in name]
+    buckets = GradientBuckets(params.values(), WORLD, bucket_bytes=1)  # one for each parameter
+    before_trunk: list[int] = []
+    for name in trunk:
+        params[name].register_post_accumulate_grad_hook(lambda _: before_trunk.append(len(network.events)))
+    masks = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    masks[..., 16:48, 16:48] = True
+    clip = Batch(torch.randn(1, 2, 3, 64, 64), masks, torch.zeros(1, dtype=torch.long), ["square"])
+    loss = SegmentationLoss(LossConfig())
+    for _ in range(2):  # the first step finds what it does not reach
+        network.events.clear()
+        before_trunk.clear()
+        buckets.begin(last=True)
+        output = model(clip, RolloutPlan(2, "mask", (0,)))
+        loss([frame.steps for frame in output.frames], masks, torch.ones(()))["total"].backward()
+        sent = len(network.events)
+        buckets.finish()
+        buckets.reset()
+    reached = len(params) - len(buckets.optional)
+    assert sent == reached
+    after_trunk = list(params)[list(params).index(trunk[-1]) + 1 :]  # and before it a few tokens, which leave last
+    assert before_trunk[0] >= len(after_trunk) - len(buckets.optional) > 0.9 * (reached - len(trunk))
