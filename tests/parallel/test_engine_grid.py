@@ -48,7 +48,7 @@ def test_a_step_of_each_kind(tmp_path: Path) -> None:
     check(compare(cases, tmp_path), cases)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_steps_with_every_engine(tmp_path: Path) -> None:
     cases = [
         {"name": f"{name}, {accumulate} micro-steps", "engine": engine, "accumulate": accumulate, "steps": 20}
