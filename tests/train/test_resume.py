@@ -52,6 +52,32 @@ def test_killed_runs_end_with_the_same_weights(
     assert again.returncode == 0 and losses(output) == losses(whole)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "engine.kind=torch",
+        "engine.kind=fsdp",
+        "engine={kind: fsdp, shard_size: 1}",
+        *(f"engine={{kind: deepspeed, zero_stage: {stage}}}" for stage in range(4)),
+    ],
+)
+def test_ten_kills_change_nothing(engine: str, tmp_path: Path, config: Path, synthetic: Path) -> None:
+    """Two ranks; a step that was reached before is killed while the run starts again."""
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    train(TWO_FORKED, config, synthetic, whole, engine)
+    arguments = command(TWO_FORKED, config, synthetic, output, engine)
+    steps = sorted(random.SystemRandom().randint(1, LAST_STEP - 1) for _ in range(10))
+    for step in steps:
+        kill_at(arguments, output, step)
+    done = run(arguments, cwd=tmp_path)
+    assert done.returncode == 0, (steps, done.stderr[-3000:])
+    want, got = weights(whole), weights(output)
+    assert all(torch.equal(want[name], got[name]) for name in want), steps
+    assert losses(output) == losses(whole), steps
+    print(f"{engine}: equal weights and losses, killed at steps {steps}")
+
+
 def test_engines_and_numbers_of_ranks_take_turns(tmp_path: Path, exact_config: Path, synthetic: Path) -> None:
     """The same samples in each step, so the same losses as without a change."""
     whole, output = tmp_path / "whole", tmp_path / "changed"
