@@ -23,8 +23,19 @@ def recomputed(function: Callable, selective: bool = False, random: bool = True)
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if selective:
+        function = partial(_without_cast_cache, function)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     return partial(checkpoint, function, **options)
+
+
+def _without_cast_cache(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`function` with autocast that casts a weight at every use. Results are found by counting operators, which must be
+    the same in both passes; a cast that the cache spares one of them alone would shift the count."""
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
+                return function(*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -19,7 +19,7 @@ PLAN = RolloutPlan(FRAMES, "point", (0,), (0, 1), (False,), ((False, False),) * 
 
 
 @functools.cache
-def step(policy: str, offload: bool = False) -> tuple[dict[str, Tensor], int]:
+def step(policy: str, offload: bool = False, bfloat16: bool = False) -> tuple[dict[str, Tensor], int]:
     """Gradients of a step with dropout, and the bytes of distinct tensors that the forward pass kept."""
     torch.manual_seed(0)
     arch = architecture("micro", image_size=SIZE, drop_path=0.1, memory_dropout=0.1)
@@ -38,7 +38,8 @@ def step(policy: str, offload: bool = False) -> tuple[dict[str, Tensor], int]:
         return tensor
 
     torch.manual_seed(1)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
+    with saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         output = model(batch, PLAN)
         total = sum(one.low_res.clamp(min=-30).sigmoid().mean() for frame in output.frames for one in frame.steps)
     total.backward()
@@ -53,6 +54,16 @@ def test_recomputing_changes_no_gradient(policy):
     assert found.keys() == want.keys()
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * max(1.0, value.abs().max().item()))
+    assert kept < everything
+
+
+@pytest.mark.parametrize("policy", ["decoder+trunk+memory", "decoder+trunk+selective", "memory+selective"])
+def test_recomputing_under_autocast_changes_no_gradient(policy):
+    """Weights that are used in several places, inside what is recomputed and outside, are cast in both."""
+    (want, everything), (found, kept) = step("none", bfloat16=True), step(policy, bfloat16=True)
+    assert found.keys() == want.keys()
+    total = torch.stack([value.norm() for value in want.values()]).norm().item()
+    assert max((found[name] - value).norm().item() for name, value in want.items()) <= 1e-2 * total
     assert kept < everything
 
 
