@@ -80,8 +80,7 @@ class OneSecond:
     "phase, kind, place, overlapped, exposed",
     [
         ("backward", "all_reduce", 1.0, False, 1.0),  # waited for
-        ("backward", "all_reduce", 0.5, True, 0.0),  # 5 s of compute are left
-        ("backward", "all_reduce", 0.95, True, 0.5),  # half of it is
+        ("backward", "all_reduce", 0.9, True, 1.0),  # nothing is left of the backward pass to hide the last one
         ("forward", "all_gather", 0.0, True, 1.0),  # the first gathering has nothing before it
         ("forward", "all_reduce", 0.3, False, 1.0),
     ],
@@ -91,6 +90,14 @@ def test_what_compute_hides(scaling, phase, kind, place, overlapped, exposed):
     timed = scaling["timeline"].step_time([one], OneSecond(), 10.0, scaling["timeline"].Stragglers(jitter=0.0))
     assert timed.communication == pytest.approx(exposed)
     assert timed.total == pytest.approx(10.0 + exposed)
+
+
+@pytest.mark.parametrize("first, exposed", [(0.5, 1.0), (0.85, 1.5), (0.9, 2.0)])
+def test_compute_hides_all_reductions_but_the_last(scaling, first, exposed):
+    ask = scaling["collectives"].Collective
+    both = [ask("all_reduce", "float32", 8, 1, 8, "backward", place, True) for place in (first, 0.9)]
+    timed = scaling["timeline"].step_time(both, OneSecond(), 10.0, scaling["timeline"].Stragglers(jitter=0.0))
+    assert timed.communication == pytest.approx(exposed)
 
 
 def test_a_gathering_is_asked_for_one_ahead(scaling):
