@@ -142,6 +142,7 @@ def run(script: str, *arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_bytes_of_data_parallelism():
     rows = run("dry_run.py", "--size", "micro", "--engine", "torch", "--ranks", "16", "--no-save")["rows"]
     gradients = [row for row in rows if row["phase"] == "backward"]
@@ -167,6 +168,7 @@ def test_curves_are_predicted_and_drawn(scaling, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_ranks_are_measured_with_the_trainer():
     options = "--ranks 1 2 --engine torch --steps 2 --warm-up 1 --side 64 --frames 3 --videos 4 --no-save".split()
     rows = run("measure.py", *options)["rows"]
