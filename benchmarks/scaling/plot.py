@@ -88,6 +88,8 @@ def _curves(axes: Axes, rows: list[dict[str, str]], name: str) -> None:
     axes.grid(alpha=0.3)
     if name == "frame_objects_per_s":
         axes.set_yscale("log", base=2)
+    elif name == "efficiency":
+        axes.set_ylim(0.8, 1.01)
     else:
         axes.set_ylim(0)
 

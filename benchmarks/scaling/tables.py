@@ -31,7 +31,7 @@ PREDICTED = RESULTS / "scaling_predicted.csv"
 NETWORK = RESULTS / "scaling_network.csv"
 CHECKED = RESULTS / "scaling_checked.csv"
 MEASURED_KEYS = "mode engine ranks size side frames objects batch precision device threads".split()
-COLLECTIVE_KEYS = "engine size world_size frames phase kind dtype ranks stride overlapped".split()
+COLLECTIVE_KEYS = ("engine", "size", "world_size")
 FIELDS = tuple(Collective.__dataclass_fields__)
 Row = dict[str, Any]
 

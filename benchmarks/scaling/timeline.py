@@ -69,9 +69,10 @@ def step_time(collectives: Sequence[Collective], network: Network, compute: floa
     """Predict a step.
 
     One collective runs at a time, in the order of the program. One that the program waits for stops compute. An
-    overlapped one may run beside compute: what reduces must have ended when the backward pass has; what gathers is
-    asked for one ahead, when the gathering before it has ended, and stops compute where the program asks for it. All
-    ranks begin together and the slowest one sets the pace of every collective, so waiting comes on top of compute.
+    overlapped one may run beside compute: what reduces must have ended when the backward pass has, which is when its
+    last collective starts; what gathers is asked for one ahead, when the gathering before it has ended, and stops
+    compute where the program asks for it. All ranks begin together and the slowest one sets the pace of every
+    collective, so waiting comes on top of compute.
 
     Args:
         compute: seconds of the mean rank for what `Collective.place` is a share of.
@@ -84,9 +85,8 @@ def step_time(collectives: Sequence[Collective], network: Network, compute: floa
     gathered = 0.0  # when the last gathering had ended
     busy = 0.0
     pending = 0.0  # when the last overlapped reduction ends
-    for one in collectives:
-        if one.phase == "update":
-            delay, pending = delay + max(0.0, pending - one.place * work - delay), 0.0
+    last = max((i for i, one in enumerate(collectives) if one.phase == "backward"), default=-1)
+    for i, one in enumerate(collectives):
         now = one.place * work + delay
         took = network.seconds(one.kind, one.size, one.group())
         busy += took
@@ -99,5 +99,6 @@ def step_time(collectives: Sequence[Collective], network: Network, compute: floa
         else:
             free = max(free, now) + took
             delay += free - now
-    delay += max(0.0, pending - (work + delay))
+        if i == last:  # the gradients that come last: the backward pass is over
+            delay += max(0.0, pending - one.place * work - delay)
     return StepTime(compute, work - compute, delay, busy - delay if busy - delay > 1e-9 else 0.0)

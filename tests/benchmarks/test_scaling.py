@@ -80,8 +80,7 @@ class OneSecond:
     "phase, kind, place, overlapped, exposed",
     [
         ("backward", "all_reduce", 1.0, False, 1.0),  # waited for
-        ("backward", "all_reduce", 0.5, True, 0.0),  # 5 s of compute are left
-        ("backward", "all_reduce", 0.95, True, 0.5),  # half of it is
+        ("backward", "all_reduce", 0.9, True, 1.0),  # nothing is left of the backward pass to hide the last one
         ("forward", "all_gather", 0.0, True, 1.0),  # the first gathering has nothing before it
         ("forward", "all_reduce", 0.3, False, 1.0),
     ],
@@ -91,6 +90,14 @@ def test_what_compute_hides(scaling, phase, kind, place, overlapped, exposed):
     timed = scaling["timeline"].step_time([one], OneSecond(), 10.0, scaling["timeline"].Stragglers(jitter=0.0))
     assert timed.communication == pytest.approx(exposed)
     assert timed.total == pytest.approx(10.0 + exposed)
+
+
+@pytest.mark.parametrize("first, exposed", [(0.5, 1.0), (0.85, 1.5), (0.9, 2.0)])
+def test_compute_hides_all_reductions_but_the_last(scaling, first, exposed):
+    ask = scaling["collectives"].Collective
+    both = [ask("all_reduce", "float32", 8, 1, 8, "backward", place, True) for place in (first, 0.9)]
+    timed = scaling["timeline"].step_time(both, OneSecond(), 10.0, scaling["timeline"].Stragglers(jitter=0.0))
+    assert timed.communication == pytest.approx(exposed)
 
 
 def test_a_gathering_is_asked_for_one_ahead(scaling):
@@ -135,6 +142,7 @@ def run(script: str, *arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_bytes_of_data_parallelism():
     rows = run("dry_run.py", "--size", "micro", "--engine", "torch", "--ranks", "16", "--no-save")["rows"]
     gradients = [row for row in rows if row["phase"] == "backward"]
@@ -160,6 +168,7 @@ def test_curves_are_predicted_and_drawn(scaling, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_ranks_are_measured_with_the_trainer():
     options = "--ranks 1 2 --engine torch --steps 2 --warm-up 1 --side 64 --frames 3 --videos 4 --no-save".split()
     rows = run("measure.py", *options)["rows"]
