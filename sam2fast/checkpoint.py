@@ -44,6 +44,8 @@ class EntryState:
     group: int
     """Samples of an optimizer step when it began. The order of balanced samples depends on it, so it stays when the
     stage goes on with more or fewer."""
+    records: int = 0
+    """Videos or images of the dataset when it began: the order of samples depends on it."""
     taken: int = 0
     """Samples taken by all ranks: another number of ranks, or another batch size, continues with the next one."""
 

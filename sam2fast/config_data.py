@@ -116,7 +116,8 @@ class DataConfig(Section):
     root: str | None = None
     """Shorthand: interpolate it in the datasets as ${data.root}."""
     workers: Annotated[int, Field(ge=0, le=128)] = 2
-    """Loader processes of each rank, for each dataset that the stage reads."""
+    """Loader processes of each rank, for each entry of the stage's `data`: a dataset that is listed for nine lengths of
+    clips has nine times as many."""
     backend: Literal["auto", "opencv", "dali"] = "opencv"
     """What decodes and augments frames: opencv in the loader processes, or NVIDIA DALI, on the device. Both give the
     same samples in the same order. auto is DALI on a GPU where it is installed; not the default, since DALI's decoders
@@ -125,7 +126,7 @@ class DataConfig(Section):
     """Batches that DALI works on while another one is trained on; each takes memory on the device."""
     prefetch: Positive = 2
     """Batches that each loader process prepares ahead (more where `accumulate` takes more in one step). They wait in
-    memory of the host: `workers` x `prefetch` for each dataset and rank."""
+    memory of the host: `workers` x `prefetch` for each entry of `data` and rank."""
     max_bad_share: Probability = 0.01
     """Videos or images that cannot be used (damaged files, too few frames for a clip) are replaced, counted and listed
     in the run folder. More than this share of a dataset stops the run; 0 stops it at the first."""

@@ -30,7 +30,8 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
         tree = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path} must hold a mapping of settings at its top, not a list or a single value")
-        tree.setdefault("output_dir", "runs/${name}")
+        if "name" in tree:  # else `name` is what is missing
+            tree.setdefault("output_dir", "runs/${name}")
         for override in overrides:
             _apply_override(tree, override)
         missing = [key for key, value in flatten(OmegaConf.to_container(tree)).items() if value == "???"]
@@ -39,8 +40,8 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
                 f"{path} leaves {', '.join(missing)} for you to set; add {missing[0]}=VALUE to the command"
             )
         values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         source = ", ".join([str(path), *(f"override {text!r}" for text in overrides if "${" in text)])
         raise ConfigError(
             f"{source} cannot be read: {reason}; compare it with the configs that ship with sam2fast"

@@ -2,7 +2,7 @@
 
 A shape is RECIPE-FRAMESxOBJECTS@SIDE: the augmentations of configs/finetune.yaml (those of the official trainer: affine
 with shear, color jitter of clip and frames, grayscale) or of configs/staged.yaml (crop and resize, color jitter, blur).
-Both pipelines get the same plans: clips, geometry, color factors, blur. Times are the mean over a few samples, in
+All pipelines get the same plans: clips, geometry, color factors, blur. Times are the mean over a few samples, in
 seconds of the processor: everything runs in one thread, and what else the machine does hardly counts.
 
 Stages: `read` the files, `decode` frames from bytes, `masks` (labels from PNG), `augment` frames and masks, `collate`,

@@ -230,8 +230,8 @@ def _bounds(part: slice, length: int) -> tuple[int, int]:
 
 def _entry(n: int, entry: Counts, faults: dict[int, str]) -> bytes | array:
     """The counts of mask n as bytes or int64; empty, with a fault noted, where they are neither."""
-    if isinstance(entry, bytes):
-        return entry
+    if isinstance(entry, (bytes, bytearray)):
+        return bytes(entry)
     if isinstance(entry, str):
         # Latin-1 keeps one byte a character, so that the decoder itself finds and names a stray one.
         try:
@@ -240,10 +240,11 @@ def _entry(n: int, entry: Counts, faults: dict[int, str]) -> bytes | array:
             faults[n] = f"counts have the character {entry[error.start]!r}, not one of '0' to 'o'"
             return b""
     try:
-        return array("q", entry)
-    except OverflowError:
-        # Negative, or beyond any mask, as they are.
-        return array("q", [min(max(-1, run), 2**62) for run in entry])
+        try:
+            return array("q", entry)
+        except OverflowError:
+            # Negative, or beyond any mask, as they are.
+            return array("q", [min(max(-1, run), 2**62) for run in entry])
     except TypeError:
         faults[n] = f"counts must be bytes, str or a list of whole numbers, not {entry!r:.80}"
         return b""

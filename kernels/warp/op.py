@@ -13,6 +13,8 @@ from .. import library
 from . import reference
 
 MASKS_AT_ONCE = 8
+LONGEST_SIDE = 2**23 - 1
+"""Pixels: coordinates are int32 in 1/256 of one."""
 """Masks of one call of the operator: one bit each of a byte."""
 
 
@@ -67,8 +69,12 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | Non
     if not fits or tensor.dtype != dtype:
         wanted = ", ".join("*" if length is None else str(length) for length in shape)
         raise ValueError(f"{name} must be {dtype} [{wanted}], not {tensor.dtype} {list(tensor.shape)}")
-    if tensor.numel() == 0 and name in ("image", "codes"):
+    if name not in ("image", "codes"):
+        return
+    if tensor.numel() == 0:
         raise ValueError(f"{name} must not be empty, it is {list(tensor.shape)}")
+    if max(tensor.shape) > LONGEST_SIDE:
+        raise ValueError(f"{name} may have at most {LONGEST_SIDE} pixels a side, it is {list(tensor.shape)}")
 
 
 def _fake(*_) -> None:

@@ -255,8 +255,12 @@ def _undecodable(encoded: EncodedBatch, error: RuntimeError) -> DataError:
                 decode_image(data.tobytes(), f"a frame of sample {ids[number // encoded.batch.num_frames]}")
             except DataError as found:
                 return found
-    lines = [line for line in str(error).splitlines() if "ailed" in line or "rror" in line] or [str(error)]
-    return DataError(
-        f"DALI cannot decode a frame of {', '.join(ids)}: {lines[-1].strip()}; restore the "
-        "file from the source, name it in the dataset's `exclude`, or set data.backend=opencv"
-    )
+    text = str(error)
+    lines = [line for line in text.splitlines() if "ailed" in line or "rror" in line] or [text]
+    if "out of memory" in text.lower() or "bad_alloc" in text:
+        remedy = "lower data.dali_prefetch or batch_size, or set data.backend=opencv"
+    elif "decod" in text.lower():
+        remedy = "restore the file from the source, name it in the dataset's `exclude`, or set data.backend=opencv"
+    else:
+        remedy = "set data.backend=opencv"
+    return DataError(f"DALI cannot work on {', '.join(ids)}: {lines[-1].strip()}; {remedy}")

@@ -47,14 +47,17 @@ def parse_json(data: bytes, source: str | os.PathLike) -> Any:
     """Parse the JSON text of a file called `source`."""
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{source} is not valid JSON ({error}); {_DAMAGED}") from None
 
 
 def decode_image(data: bytes, source: str | os.PathLike) -> np.ndarray:
     """Decode a JPEG or PNG to uint8 [H, W, 3] RGB as stored: masks are drawn on that, so EXIF rotation is ignored."""
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = None if _is_cut_off(data) else cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        image = None if _is_cut_off(data) else cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:  # of a header that states an impossible size
+        raise DataError(f"cannot decode {source}: {_one_line(error)}; {_DAMAGED}") from None
     if image is None:
         raise DataError(f"cannot decode {source}: not an image or cut off after {len(data)} bytes; {_DAMAGED}")
     return image
@@ -73,16 +76,17 @@ def image_size(data: bytes, source: str | os.PathLike) -> tuple[int, int]:
 
     try:
         width, height = Image.open(io.BytesIO(data)).size
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the header of {source}: {_one_line(error)}; {_DAMAGED}") from None
     return height, width
 
 
-def decode_labels(data: bytes, source: str | os.PathLike) -> np.ndarray:
+def decode_labels(data: bytes, source: str | os.PathLike, void: bool = True) -> np.ndarray:
     """Decode a mask PNG to object numbers, uint8 [H, W], 0 where there is none.
 
     Palette images give their indices (a color decoder would lose them), gray images their values; a gray image of
-    nothing but 0 and 255 is a single object, number 1. In all others 255 marks void pixels, which belong to no object.
+    nothing but 0 and 255 is a single object, number 1. In all others 255 marks void pixels, which belong to no object;
+    without `void` it is a number like others.
     """
     from PIL import Image
 
@@ -91,7 +95,7 @@ def decode_labels(data: bytes, source: str | os.PathLike) -> np.ndarray:
             raise OSError(f"cut off after {len(data)} bytes")
         image = Image.open(io.BytesIO(data))
         mode, labels = image.mode, np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot decode mask {source}: {_one_line(error)}; {_DAMAGED}") from None
     if mode in ("RGB", "RGBA") and (labels[..., :1] == labels[..., 1:3]).all():
         mode, labels = "L", labels[..., 0]
@@ -102,10 +106,10 @@ def decode_labels(data: bytes, source: str | os.PathLike) -> np.ndarray:
             f"mask {source} has image mode {mode}; save masks as palette or 8-bit gray PNG whose pixel "
             "values are object numbers"
         )
-    void = labels == 255
-    if void.any():
-        single = mode == "L" and not (labels[~void]).any()
-        labels = np.where(void, np.uint8(single), labels)
+    full = labels == 255
+    if void and full.any():
+        single = mode == "L" and not (labels[~full]).any()
+        labels = np.where(full, np.uint8(single), labels)
     return labels
 
 

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,9 +141,15 @@ def _count_all(dataset: Dataset, item: MixItem, report: Callable[[str], None]) -
     chunks = [range(start, min(start + size, total)) for start in range(len(found), total, size)]
     start_fork_server()
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(dataset, limits)) as pool:
-        for part in pool.map(_count_chunk, chunks):
-            found.extend(part)
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(dataset, limits)) as pool:
+            for part in pool.map(_count_chunk, chunks):
+                found.extend(part)
+    except BrokenProcessPool:
+        raise DataError(
+            f"dataset {item.dataset!r}: a process that counted objects was killed, at record {len(found)} of {total} "
+            "or a little later; memory may have run out. Use fewer processes (taskset), or set `balance: false`"
+        ) from None
     return found
 
 

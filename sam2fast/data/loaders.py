@@ -20,7 +20,7 @@ from .in_flight import InFlight
 from .render import SamplePlan, render
 from .sample import DataError, PackedBatch, Sample, collate
 from .sampling import ClipDataset
-from .workers import is_of_dead_worker, start_fork_server, start_worker
+from .workers import is_of_dead_worker, lacks_descriptors, start_fork_server, start_worker
 
 if TYPE_CHECKING:
     from .dali import DaliDecoder
@@ -31,6 +31,10 @@ _DEAD_WORKER = (
 )
 
 
+_NO_DESCRIPTORS = (
+    "too many open files: every tensor that a data loading process hands over takes a file descriptor; raise the limit "
+    "(`ulimit -n 65536`), or lower `data.workers` or `data.prefetch`"
+)
 _REASONS = 3
 """Records of a sample, at most, for which an error says why they could not be used."""
 
@@ -151,15 +155,20 @@ class _Batches:
 
     def _sample(self, number: int, worker: int | None) -> Any:
         def guard(name: str) -> AbstractContextManager:
+            nonlocal at_work
+            at_work = name
             if worker is not None:
                 self._in_flight.note(worker, number, name)
             return self._guard.using(name)
 
-        reasons = self._guard.reasons
+        reasons, at_work = self._guard.reasons, ""
         reasons.clear()
         try:
             return self._dataset.draw(number, self._use, guard)
-        except DataError as error:
+        except Exception as error:
+            if not isinstance(error, DataError):
+                error.add_note(f"while loading sample {number} of dataset {self._dataset.name!r}, record {at_work!r}")
+                raise
             if not reasons or reasons[-1] == str(error):
                 raise
             first = list(dict.fromkeys(reasons))[:_REASONS]
@@ -176,6 +185,8 @@ def _checked(
             except (RuntimeError, OSError, EOFError) as error:
                 if in_flight and is_of_dead_worker(error):
                     raise DataError(_of_dead_worker(error, dataset, in_flight)) from None
+                if lacks_descriptors(error):
+                    raise DataError(_NO_DESCRIPTORS) from None
                 raise
             bad_records.add(found.bad)
             if found.batch is None:

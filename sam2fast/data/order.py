@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .index import ObjectCounts
 from .mixture import repeat_counts
@@ -58,7 +59,8 @@ class SampleOrder:
         first_frames: ObjectCounts | None = None,
     ):
         self._records, self._seed, self._group = records, seed, group
-        self._repeat = None if repeat is None else np.asarray(repeat, np.float32)
+        # a tensor, which loader processes share
+        self._repeat = None if repeat is None else torch.from_numpy(np.asarray(repeat, np.float32))
         if self._repeat is not None and not self._repeat.any():
             raise DataError("`repeat_names` gives every record a repeat of 0; leave some")
         self._first_frames = first_frames

@@ -78,7 +78,8 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
         self._counts = counts
         first_frames = None if counts is None else counts.first_frames(item)
         factors = repeat_factors(dataset, item)
-        self._used = np.arange(len(dataset)) if factors is None else np.flatnonzero(factors)
+        # all where there is None; else a tensor, which loader processes share
+        self._used = None if factors is None else torch.from_numpy(np.flatnonzero(factors))
         self._order = SampleOrder(len(dataset), seed, group, factors, first_frames)
         _check_length(dataset, self._used, item)
 
@@ -123,7 +124,8 @@ class ClipDataset(torch.utils.data.Dataset[Sample]):
                 if plan is not None:
                     return use(plan)
                 readable = True
-            index = int(self._used[rng.integers(len(self._used))])
+            used = self._used
+            index = int(rng.integers(len(self._dataset)) if used is None else used[rng.integers(len(used))])
         item = self._item
         if not readable:
             raise DataError(
@@ -165,10 +167,10 @@ def frames_needed(item: MixItem) -> int:
     return (item.frames - 1) * item.stride[0] + 1
 
 
-def _check_length(dataset: Dataset, used: np.ndarray, item: MixItem) -> None:
-    """That some record of `used` is long enough for a clip: the annotations are read up to the first one that is."""
+def _check_length(dataset: Dataset, used: torch.Tensor | None, item: MixItem) -> None:
+    """That a record of `used`, or of all, is long enough for a clip: annotations are read up to the first that is."""
     needed, longest, name = frames_needed(item), 0, ""
-    for index in used if needed > 1 else ():
+    for index in (range(len(dataset)) if used is None else used) if needed > 1 else ():
         record = dataset[int(index)]
         try:
             available = len(record.annotated)

@@ -106,6 +106,8 @@ class VideoReader:
             self._stream = self._container.streams.best("video")
             if self._stream is None:
                 raise self._unreadable("no video stream in it")
+            if self._stream.codec_context is None:
+                raise self._unreadable("its codec is not known to this FFmpeg")
             self._stream.codec_context.thread_count = 1  # one decoder per worker process is parallel enough
             self._index()
         except (av.FFmpegError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -85,6 +86,13 @@ def _end_with_trainer() -> None:
 
 def is_of_dead_worker(error: Exception) -> bool:
     """A worker that died shows as a RuntimeError of the DataLoader or, where its last batch was on the way, as a broken
-    connection; an error that a living worker reports starts with "Caught"."""
+    connection, to the thread that pins memory too; an error that a living worker reports starts with "Caught"."""
     text = str(error)
-    return not text.startswith("Caught") and (type(error) is not RuntimeError or "DataLoader worker" in text)
+    if text.startswith("Caught") or lacks_descriptors(error):
+        return False
+    return type(error) is not RuntimeError or "DataLoader worker" in text or "Pin memory thread exited" in text
+
+
+def lacks_descriptors(error: Exception) -> bool:
+    """Whether this process may not open more files; each tensor that a worker hands over takes a descriptor."""
+    return "Too many open files" in str(error) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)

@@ -144,6 +144,28 @@ def test_sav_defects_are_named(tmp_path, write_video):
         open_at(tmp_path, sav_annotations="auto")
 
 
+def test_files_of_one_name_are_refused(tmp_path, write_video):
+    """Masks of one would be drawn on the other."""
+    for folder in ("a", "b"):
+        (tmp_path / "sav").mkdir(exist_ok=True)
+        write_sav(tmp_path / "sav" / folder, write_video)
+    with pytest.raises(DataError, match=r"names must differ between folders, 2 do not: .*a/.* and .*b/"):
+        open_at(tmp_path / "sav")
+    (tmp_path / "sav/b/sav_000001_manual.json").unlink()
+    with pytest.raises(DataError, match=r"1 do not: .*sav_000001\.mp4 and "):
+        open_at(tmp_path / "sav")
+    write_sa1b(tmp_path / "loose", 1, [square(0)])
+    for number in (1, 2):
+        with tarfile.open(tmp_path / "loose" / f"part{number}.tar", "w") as tar:
+            for suffix in (".jpg", ".json"):
+                tar.add(tmp_path / "loose" / f"sa_1{suffix}", f"sa_1{suffix}")
+    for _ in ("tars and a file", "two tars"):
+        with pytest.raises(DataError, match="names must differ between folders"):
+            open_at(tmp_path / "loose")
+        for path in (tmp_path / "loose").glob("sa_1.*"):
+            path.unlink()
+
+
 def test_sa1b_in_folders_and_tar_files(tmp_path):
     for number in (1, 2, 3):
         write_sa1b(tmp_path / "all" / f"sa_00000{number}", number, [square(0), square(0) * 0, square(30)])
@@ -294,6 +316,34 @@ def test_coco_defects_are_named(tmp_path):
     shutil.copy(tmp_path / "instances.json", tmp_path / "instances_val.json")
     with pytest.raises(DataError, match=r"need one instances\*\.json .*instances\.json, .*instances_val\.json"):
         open_at(tmp_path, format="coco")
+
+
+def test_values_of_any_kind_are_named(tmp_path, write_video):
+    """Types and numbers that no annotation should have."""
+    for fields, what in (
+        ({"masklet_id": 5}, "masklet_id must be a list of whole numbers, not 5"),
+        ({"masklet_id": [0, 0]}, "masklet_id has 0 more than once"),
+        ({"fps": 1e-300, "video_frame_count": 1e308}, "`fps` of 1e-300"),
+        ({"masklet": [[{"size": [HEIGHT, WIDTH], "counts": [2**70, 1.5]}]], "masklet_id": [0]}, "counts must be"),
+    ):
+        write_sav(tmp_path / "sav", write_video, **{"frames": 5, **fields})
+        with pytest.raises(DataError, match=what):
+            record = open_at(tmp_path / "sav")[0]
+            record.masks(record.annotated[0])
+    (tmp_path / "sav/sav_000001_manual.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not valid JSON"):
+        len(open_at(tmp_path / "sav")[0].annotated)
+    triangle = {"segmentation": [[2, 2, 12, 2, 12, 12]]}
+    write_coco(tmp_path, [triangle, triangle])
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["annotations"][1]["id"] = content["annotations"][0]["id"]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="has an id that another one has"):
+        open_at(tmp_path, format="coco", annotations=str(tmp_path / "instances.json"))[0].masks(0)
+    content["images"][0]["height"] = float("inf")
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="not a COCO instances file"):
+        open_at(tmp_path, format="coco", annotations=str(tmp_path / "instances.json"))
 
 
 def test_one_pixel_is_said_once(tmp_path):

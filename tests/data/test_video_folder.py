@@ -81,6 +81,27 @@ def test_one_folder_per_object(video_folder):
     assert {k: int(mask.sum()) for k, mask in record.masks(4).items()} == {0: 840, 7: 840}
 
 
+def test_masks_of_one_object_are_all_above_zero(video_folder):
+    """Antialiased or with a palette; a folder without a number makes the positions of all folders their numbers."""
+    root = video_folder({"a": 1})
+    shutil.rmtree(root / "Annotations")
+    soft = np.zeros((40, 60), np.uint8)
+    soft[:10], soft[10] = 255, 128
+    write_png(root / "Annotations/a/2/00000.png", soft)
+    palette = Image.fromarray(np.where(soft == 255, soft, 0))
+    palette.putpalette(list(range(256)) * 3)
+    (root / "Annotations/a/cat").mkdir()
+    palette.save(root / "Annotations/a/cat/00000.png")
+    masks = open_folder(root)[0].masks(0)
+    assert {k: int(mask.sum()) for k, mask in masks.items()} == {1: 660, 2: 600}
+
+
+def test_an_image_beside_the_videos_is_no_video(video_folder):
+    root = video_folder({"a": 2, "b": 2})
+    shutil.copy(root / "JPEGImages/a/00000.jpg", root / "JPEGImages/thumb.jpg")
+    assert [record.name for record in open_folder(root)] == ["a", "b"]
+
+
 def test_layouts_and_names(video_folder):
     root = video_folder({"a": 3})
     for part in ("JPEGImages", "Annotations"):

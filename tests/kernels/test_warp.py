@@ -127,6 +127,7 @@ def test_colors_are_clipped_and_rounded_once(backend):
     [
         ({"image": torch.zeros(4, 5, 4, dtype=torch.uint8)}, "image must be torch.uint8"),
         ({"image": torch.zeros(0, 5, 3, dtype=torch.uint8)}, "image must not be empty"),
+        ({"image": torch.zeros(1, 2**23, 3, dtype=torch.uint8)}, "at most 8388607 pixels a side, it is .*8388608"),
         ({"matrix": torch.zeros(2, 3)}, "matrix must be torch.float64"),
         ({"color": torch.zeros(3, 3)}, "color must be torch.float32 \\[3, 4\\]"),
         ({"out": torch.zeros(1, 4, 4, dtype=torch.uint8)}, "out must be torch.uint8"),
@@ -142,6 +143,15 @@ def test_wrong_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         warp_image(**arguments | change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_longest_side_is_read_to_its_end(backend):
+    image = torch.zeros(1, 2**23 - 1, 3, dtype=torch.uint8)
+    image[0, -1] = 200
+    out = torch.zeros(3, 1, 4, dtype=torch.uint8)
+    warp_image(out, image, affine(0.0, 1.0, (2.0**23 - 5, 0.0)), PLAIN, torch.zeros(3, dtype=torch.uint8), backend)
+    assert out[0, 0].tolist() == [0, 0, 0, 200]
 
 
 def test_too_many_masks_are_refused():

@@ -74,6 +74,8 @@ class CocoImage:
         for object_id, segmentation in self._entry["objects"]:
             source = f"{self._json}, annotation {object_id} (image {self.name})"
             with tolerated():
+                if object_id in rles:
+                    raise DataError(f"{source} has an id that another one has; give every annotation its own")
                 is_rle = isinstance(segmentation, dict)
                 rle = segmentation if is_rle else polygons_to_rle(segmentation, self._drawn_on, source)
                 rles[object_id] = rle, source
@@ -190,7 +192,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             for image in content["images"]
             if image["id"] in objects
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path} is not a COCO instances file: {_brief(error)} in `images` or `annotations`; set `annotations` to "
             "the right JSON"

@@ -35,6 +35,8 @@ from ..sample import DataError
 from .selection import select, shorten
 
 _WHOLE_FILE = -1
+_INDEX = "members"
+"""Kind of what is kept of a tar file; another name where `_index` changes."""
 
 
 class _Place(NamedTuple):
@@ -250,7 +252,7 @@ def _contents(root: Path) -> dict[str, Arrays]:
             if file.lower().endswith(".tar"):
                 with tolerated():
                     path = folder / file
-                    found[str(path)] = cached(path, "members", lambda path=path: _read_tar(path))
+                    found[str(path)] = cached(path, _INDEX, lambda path=path: _read_tar(path))
     return found
 
 
@@ -305,7 +307,8 @@ def _table(contents: Mapping[str, Arrays], json: bool, of_root: int, dataset: st
     for row in np.flatnonzero(~last):
         paths = [table.path(each, containers) for each in (row, row + 1)]
         one_side = len({container < of_root for container in table.spans[row : row + 2, 0]}) == 1
-        if one_side and paths[0].rpartition("/")[0] != paths[1].rpartition("/")[0]:
+        places = {(table.spans[each, 0], _folder(table.members[each])) for each in (row, row + 1)}
+        if one_side and len(places) > 1:
             twins[table.names[row].decode()] = f"{paths[0]} and {paths[1]} have the same name"
     if twins:
         error = DataError(
@@ -314,6 +317,10 @@ def _table(contents: Mapping[str, Arrays], json: bool, of_root: int, dataset: st
         )
         report(error, "files of the same name in several folders", twins)
     return _rows(table, np.flatnonzero(last))
+
+
+def _folder(member: bytes) -> bytes:
+    return member.removeprefix(b"./").rpartition(b"/")[0]
 
 
 def _rows(table: _Table, rows: np.ndarray) -> _Table:

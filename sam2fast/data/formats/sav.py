@@ -7,6 +7,7 @@ annotated; an object that is absent has an empty mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -115,8 +116,12 @@ class _Masklets:
         widths = {len(entry) for entry in masklets if entry}
         count = max(widths, default=0)
         ids = content.get("masklet_id") or list(range(count))
-        if len(widths) > 1 or len(ids) != count or not all(isinstance(number, int) for number in ids):
+        if not isinstance(ids, list) or not all(isinstance(number, int) for number in ids):
+            raise self._broken(f"masklet_id must be a list of whole numbers, not {ids!r:.80}")
+        if len(widths) > 1 or len(ids) != count:
             raise self._broken(f"its frames list {sorted(widths)} objects, masklet_id {len(ids)}")
+        if twins := sorted({number for number in ids if ids.count(number) > 1}):
+            raise self._broken(f"masklet_id has {shorten(twins)} more than once")
         offset = AUTO_ID_OFFSET if path.stem.endswith("_auto") else 0
         self.object_ids = [number + offset for number in ids]
         self.step = self._grid(content)
@@ -129,7 +134,10 @@ class _Masklets:
         """Video frames from one annotated frame to the next."""
         count, duration, rate = (_number(content.get(key)) for key in ("video_frame_count", "video_duration", "fps"))
         if rate:
-            return max(1, round((count / duration if count and duration else _VIDEO_FPS) / rate))
+            step = (count / duration if count and duration else _VIDEO_FPS) / rate
+            if not math.isfinite(step):
+                raise self._broken(f"`fps` of {rate:g} with {count:g} frames in {duration:g} s")
+            return max(1, round(step))
         if count == len(self.masklets):
             return 1
         return _DEFAULT_STEP
@@ -164,8 +172,9 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     """Open a dataset in SA-V layout; see `formats.open_dataset`."""
     root, annotations = Path(config.root), Path(config.annotations or config.root)
     kinds = ("manual", "auto") if config.sav_annotations == "both" else (config.sav_annotations,)
-    found = _paths(root)
-    annotated = _paths(annotations) if annotations != root else found
+    wanted = (".mp4", *(f"_{kind}.json" for kind in kinds))
+    found = _paths(root, wanted, name)
+    annotated = _paths(annotations, wanted, name) if annotations != root else found
     jsons: dict[str, list[str]] = {}
     for kind in kinds:
         ending = f"_{kind}.json"
@@ -196,9 +205,26 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     return SavDataset(name, [(video, videos[video], jsons[video]) for video in names if video in videos])
 
 
-def _paths(root: Path) -> dict[str, str]:
-    """Path of each mp4 and JSON file below a folder, by its name."""
-    return {file: f"{folder}/{file}" for folder, files in list_files(root, (".mp4", ".json")) for file in files}
+def _paths(root: Path, endings: tuple[str, ...], dataset: str) -> dict[str, str]:
+    """Path of each file below a folder with one of `endings`, by its name.
+
+    Raises:
+        DataError: two of them have the same name.
+    """
+    paths: dict[str, str] = {}
+    twins: dict[str, str] = {}
+    for folder, files in list_files(root, endings):
+        for file in files:
+            path = f"{folder}/{file}"
+            if paths.setdefault(file, path) != path:
+                twins[file] = f"{paths[file]} and {path} have the same name"
+    if twins:
+        error = DataError(
+            f"dataset {dataset!r}: names must differ between folders, {len(twins)} do not: "
+            f"{next(iter(twins.values()))}; rename the files, or make each folder a dataset of its own"
+        )
+        report(error, "files of the same name in several folders", twins)
+    return paths
 
 
 def _number(value: Any) -> float:

@@ -77,15 +77,15 @@ class FolderVideo:
         per_object: dict[int, np.ndarray] = {}
         for object_id, path in files.items():
             with tolerated():
-                per_object[object_id] = self._labels(path) > 0
+                per_object[object_id] = self._labels(path, void=False) > 0
         areas = {object_id: int(np.count_nonzero(mask)) for object_id, mask in per_object.items()}
         return FrameMasks(self.size, areas, per_object.__getitem__)
 
     def areas(self, frame: int) -> tuple[list[int], int]:
         return self.masks(frame).areas()
 
-    def _labels(self, path: Path) -> np.ndarray:
-        labels = decode_labels(read_bytes(path), path)
+    def _labels(self, path: Path, void: bool = True) -> np.ndarray:
+        labels = decode_labels(read_bytes(path), path, void)
         check_size(labels.shape, self.size, str(path), self._warn)
         return labels
 
@@ -111,8 +111,10 @@ class FolderVideo:
             return labels
         found: dict[int, dict[int, Path]] = {}
         objects = sorted(path for path in self._masks_folder.iterdir() if path.is_dir())
+        numbers_of = {int(folder.name) for folder in objects if folder.name.isdecimal()}
+        numbered = len(numbers_of) == len(objects)
         for position, folder in enumerate(objects):
-            object_id = int(folder.name) if folder.name.isdigit() else position + 1
+            object_id = int(folder.name) if numbered else position + 1
             for key, path in _by_key(folder, (".png",)).items():
                 with tolerated():
                     found.setdefault(self._frame_of(key, path, numbers), {})[object_id] = path
@@ -162,11 +164,14 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
             "set `root` to the folder of frames and `annotations` to that of masks"
         )
     frames_root, masks_root = found
-    if _by_key(frames_root, IMAGE_SUFFIXES):  # a single video, without a folder of its own
+    frames, masks = _subfolders(frames_root), _subfolders(masks_root)
+    strays = _by_key(frames_root, IMAGE_SUFFIXES)
+    if strays and not frames:  # a single video, without a folder of its own
         single = Path(config.root).resolve().name
         frames, masks = {single: str(frames_root)}, {single: str(masks_root)}
-    else:
-        frames, masks = _subfolders(frames_root), _subfolders(masks_root)
+    elif strays:
+        reason = f"{shorten([str(path) for path in strays.values()])} beside the folders of videos"
+        note_warning("images outside of any video, which are not used", {"": reason})
     names = sorted(frames | masks)
     if not names:
         raise DataError(f"dataset {name!r}: {frames_root} is empty; expected one folder of frames per video")

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tar=options.tar,
             overwrite=options.overwrite,
         )
-    except SyntheticError as error:
+    except (SyntheticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{root}: {options.count} {options.format} items, seed {options.seed} ({time.perf_counter() - start:.1f} s)")
@@ -161,6 +161,8 @@ def _publish(partial: Path, root: Path, manifest: dict[str, Any]) -> None:
         partial.rename(root)
     except OSError:
         if _read_manifest(root) != manifest:
+            if old.exists() and not root.exists():
+                old.rename(root)
             raise
     shutil.rmtree(old, ignore_errors=True)
 
