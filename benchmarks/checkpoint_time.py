@@ -76,11 +76,12 @@ def launch(size: str, ranks: int, rounds: int, folder: str) -> dict:
 
 def work(size: str, rounds: int, folder: Path) -> int:
     """Measure on this rank; rank 0 prints the row."""
-    from sam2fast.checkpoint import CheckpointStore, RunState
+    from sam2fast.checkpoint import CheckpointStore
     from sam2fast.config import Config, EngineConfig, OptimConfig
     from sam2fast.optim import build_groups
     from sam2fast.parallel import EngineState, build_engine, setup, teardown
     from sam2fast.recipe import build_model
+    from sam2fast.run_state import RunState
 
     stage = {"name": "none", "steps": 1, "data": [{"dataset": "none"}], "prompts": {"init_frames": 1}}
     config = Config.model_validate({

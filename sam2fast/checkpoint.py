@@ -11,9 +11,9 @@ import json
 import pickle
 import shutil
 import threading
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,89 +22,12 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .checkpoint_files import find_damage, list_files, partial_folder, publish, saving
+from .checkpoint_files import SaveError, find_damage, list_files, partial_folder, publish, put_back, saving
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
-from .config import Config, StageConfig, UserError
+from .config import Config, UserError
 from .parallel import BackgroundRanks, Engine, EngineState, Ranks
 from .parallel.state import trained_parameters
-
-
-class ResumeError(UserError):
-    """A checkpoint that this run cannot continue from."""
-
-
-@dataclass
-class EntryState:
-    """Where an entry of a stage's `data:` stands. Its fields hold for the stage, wherever in the list it is later."""
-
-    dataset: str
-    frames: int
-    stream: int
-    """Number of its order of samples; no other entry of the stage has it."""
-    group: int
-    """Samples of an optimizer step when it began. The order of balanced samples depends on it, so it stays when the
-    stage goes on with more or fewer."""
-    records: int = 0
-    """Videos or images of the dataset when it began: the order of samples depends on it."""
-    taken: int = 0
-    """Samples taken by all ranks: another number of ranks, or another batch size, continues with the next one."""
-
-
-@dataclass
-class RunState:
-    """What continues besides weights and optimizer. The order of samples is a function of the seed, the stage, the
-    entry's stream and, where it is balanced, of its group and of the numbers of objects that were counted. All other
-    randomness is a function of (seed, stage, step), and of the rank for what does not shape the graph."""
-
-    stage: int = 0
-    """Index of the stage that is being trained."""
-    step: int = 0
-    """Optimizer steps done in that stage."""
-    entries: list[EntryState] = field(default_factory=list)
-    """Entries that the stage's `data` has, or had before the run was continued without them; see `match_entries`."""
-    global_step: int = 0
-    bad_steps: int = 0
-    """Steps skipped so far because a loss or gradient was not finite."""
-    bad_streak: int = 0
-    seconds: float = 0.0
-    """Wall time spent before this state, over all resumes."""
-    guards: dict[str, Any] = field(default_factory=dict)
-    stopped: str = ""
-    """Why the current stage ended before its last step; empty while it goes on."""
-    best: dict[str, Any] = field(default_factory=dict)
-    """`tag`, `value` and global `step` of the best score, where `checkpoint.best` names one."""
-    validation_due: bool = False
-    """The validation of this step is still to come: a signal stopped the run before it."""
-
-    def match_entries(self, stage: StageConfig, world_size: int) -> list[EntryState]:
-        """The entry of each item of `stage.data`, by its dataset and number of frames; `entries` gets those that are
-        new.
-
-        Raises:
-            ResumeError: several entries have the same dataset and number of frames, and not as many as before.
-        """
-        known: dict[tuple[str, int], list[EntryState]] = {}
-        for entry in self.entries:
-            known.setdefault((entry.dataset, entry.frames), []).append(entry)
-        wanted = Counter((item.dataset, item.frames) for item in stage.data)
-        for (dataset, frames), count in wanted.items():
-            before = len(known.get((dataset, frames), ()))
-            if before and before != count:
-                raise ResumeError(
-                    f"stage {stage.name!r} had {before} entries of dataset {dataset!r} with {frames} frames in `data` "
-                    f"and now has {count}, so which of them go on cannot be told; restore them, or start a new "
-                    "output_dir with model.checkpoint set to the weights of the last finished stage"
-                )
-        found = []
-        for index, item in enumerate(stage.data):
-            entries = known.get((item.dataset, item.frames))
-            if entries:
-                found.append(entries.pop(0))
-            else:
-                group = stage.samples_of_step(index, world_size)
-                found.append(EntryState(item.dataset, item.frames, len(self.entries), group))
-                self.entries.append(found[-1])
-        return found
+from .run_state import EntryState, ResumeError, RunState
 
 
 class CheckpointStore:
@@ -118,7 +41,7 @@ class CheckpointStore:
         self.folder = Path(config.output_dir) / "checkpoints"
         self.config, self.ranks = config, ranks
         self.keep, self.asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
-        self._writers = BackgroundRanks.beside(ranks)
+        self._writers = BackgroundRanks.beside(ranks, config.engine.timeout_minutes)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -155,6 +78,11 @@ class CheckpointStore:
     def writing(self) -> bool:
         """Whether a checkpoint is being written beside this thread."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a write beside this thread has failed; `wait` raises its error."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Return when nothing is being written any more (called on every rank).
@@ -194,15 +122,15 @@ class CheckpointStore:
         ranks, partial = self._writers, partial_folder(final)
 
         def write() -> None:
-            with saving(_name(final), final):
+            with _all_failures(final):
                 write_tensors(tensors, partial, ranks.group)
 
         def check() -> dict[str, dict[str, int]]:
-            with saving(_name(final), final):
+            with _all_failures(final):
                 return list_files(partial, files_of(ranks.rank, partial))
 
         def finish() -> None:
-            with saving(_name(final), final):
+            with _all_failures(final):
                 (partial / "state.json").write_text(json.dumps(header | {"files": files}, indent=1))
                 publish(partial, final)
 
@@ -223,6 +151,8 @@ class CheckpointStore:
         """Keep the last ones up to `newest`, and the best. Those after it are damaged, or this run would have gone on
         from them."""
         found = self._all()
+        if newest not in found:  # a file system that is slow to show it
+            return
         now = found.index(newest) + 1
         before = [path for path in found[:now] if _step(path) != best]
         for old in before[: -self.keep] + found[now:]:
@@ -242,6 +172,7 @@ class CheckpointStore:
             ResumeError: there are checkpoints and none is whole, and the run could only start anew; or the newest is of
                 another version.
         """
+        put_back(self.folder)
         damaged: list[str] = []
         found = None
         for path in reversed(self._all()):
@@ -269,24 +200,42 @@ class CheckpointStore:
             ResumeError: it is of another model or other trained parameters, of another version, or damaged; on the
                 first rank, SystemExit on the others.
         """
-        self.ranks.agree(lambda: self._load(engine, path))
+        header = self.ranks.agree(lambda: _checked_header(engine, path))
+        # From here on ranks work together, and an error is one of all of them.
+        self.ranks.agree(lambda: self._load(engine, path, header["scaler"]))
 
-    def _load(self, engine: Engine, path: Path) -> None:
-        header = _header(path)
-        if header.get("format") != FORMAT:
-            raise _other_version(path)
-        try:
-            _compare(path, header["trained"], stored_shapes(path), engine)
+    def _load(self, engine: Engine, path: Path, scaler: dict[str, Any]) -> None:
+        with _readable(path):
             tensors = read_tensors(engine.state().tensors(), path, self._writers.group)
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.UnpicklingError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise _unreadable(path, error) from error
-        engine.load_state(EngineState.from_tensors(tensors, header["scaler"]))
+        engine.load_state(EngineState.from_tensors(tensors, scaler))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever reading files raises is that the checkpoint cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _checked_header(engine: Engine, path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint that fits the engine."""
+    header = _header(path)
+    if header.get("format") != FORMAT:
+        raise _other_version(path)
+    with _readable(path):
+        _compare(path, header["trained"], stored_shapes(path), engine)
+    return header
+
+
+def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
     """Weights of a checkpoint of a run, under the names of the model.
+
+    Args:
+        averaged: moving averages (`optim.ema`) in place of the weights that have one.
 
     Raises:
         ResumeError: it is damaged, or of another version.
@@ -295,8 +244,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ResumeError(f"{path} is damaged ({damage}); take another checkpoint of the run")
     if _header(path).get("format") != FORMAT:
         raise _other_version(path)
-    keys = [key for key in stored_shapes(path) if key.startswith("weights/")]
-    return {key.removeprefix("weights/"): value for key, value in read_alone(keys, path).items()}
+    kinds = ("weights", "averages") if averaged else ("weights",)
+    keys = {kind: [key for key in stored_shapes(path) if key.startswith(f"{kind}/")] for kind in kinds}
+    weights: dict[str, Tensor] = {}
+    for kind, own in keys.items():
+        weights |= {key.removeprefix(f"{kind}/"): value for key, value in read_alone(own, path).items()}
+    return weights
+
+
+def has_averages(path: Path) -> bool:
+    """Whether a checkpoint of a run holds moving averages."""
+    return any(key.startswith("averages/") for key in stored_shapes(path))
+
+
+@contextmanager
+def _all_failures(final: Path) -> Iterator[None]:
+    """Any error of writing is one of saving: the threads of the other ranks wait to be told of it."""
+    try:
+        with saving(_name(final), final):
+            yield
+    except (UserError, SystemExit):
+        raise
+    except Exception as error:
+        raise SaveError(f"cannot save {_name(final)} to {final}: {type(error).__name__}: {error}") from error
 
 
 FORMAT = 2

@@ -14,6 +14,7 @@ from .config import UserError
 from .parallel.engine import is_write_error
 
 _CHUNK = 2**22
+_OLD = ".old"
 
 
 class SaveError(UserError):
@@ -86,18 +87,28 @@ def partial_folder(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename a folder that is whole, durably; an older one of the same name is whole until the new one has taken its
-    place."""
+    """Rename a folder that is whole, durably. An older one of the same name steps aside for that moment; `put_back`
+    finds it where a kill came between."""
     for path in partial.rglob("*"):
         _sync(path)
     _sync(partial)
-    old = final.with_name(f".{final.name}.old")
+    old = final.with_name(f".{final.name}{_OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     partial.rename(final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Give folders in `folder` that `publish` was about to replace their name again, where it did not come to that."""
+    for old in folder.glob(f".*{_OLD}"):
+        final = old.with_name(old.name[1 : -len(_OLD)])
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
 
 
 def _checksum(path: Path) -> int:

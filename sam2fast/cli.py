@@ -78,6 +78,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("official", "huggingface"), default="official",
                         help="default %(default)s: model.pt, encoder.pt, decoder.pt, memory.pt")  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument(
+        "--raw", action="store_true", help="of a checkpoint with averages (optim.ema) the weights themselves"
+    )
     parser.add_argument("--image-size", type=int, default=1024, metavar="N",
                         help="input side that the Hugging Face configuration names (default %(default)s)")  # fmt: skip
 
@@ -177,8 +180,8 @@ def export(args: argparse.Namespace) -> int:
     def body() -> None:
         from .export import export
 
-        export(args.checkpoint, args.layout, args.out, args.image_size)
-        print(f"wrote {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+        what = export(args.checkpoint, args.layout, args.out, args.image_size, args.raw)
+        print(f"wrote {what} to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
     return _guarded(body)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import read_weights
+from .checkpoint import has_averages, read_weights
 from .checkpoint_files import saving, write_folder
 from .config import ConfigError
 from .models.architecture import SIZES, Architecture, architecture
@@ -14,7 +14,7 @@ from .models.huggingface import save_huggingface
 from .models.official import describe, read_state, save_checkpoint, split_checkpoint, to_official
 
 
-def export(source: Path, layout: str, folder: Path, image_size: int) -> None:
+def export(source: Path, layout: str, folder: Path, image_size: int, raw: bool = False) -> str:
     """Write the weights of `source` into `folder`, whole or not at all.
 
     Args:
@@ -22,13 +22,19 @@ def export(source: Path, layout: str, folder: Path, image_size: int) -> None:
         layout: `official` writes model.pt, encoder.pt, decoder.pt and memory.pt; `huggingface` what
             `Sam2VideoModel.from_pretrained` reads.
         image_size: side of the input that a Hugging Face configuration names.
+        raw: the weights of a checkpoint that also holds their averages (`optim.ema`), which are written otherwise:
+            its scores are those of the averages.
+
+    Returns:
+        What was written: the weights, or their averages.
 
     Raises:
         UserError: `source` cannot be read or is no SAM 2, or `folder` exists or cannot be written.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give --out a new folder")
-    state = to_official(read_weights(source)) if source.is_dir() else read_state(source)
+    averaged = source.is_dir() and not raw and has_averages(source)
+    state = to_official(read_weights(source, averaged)) if source.is_dir() else read_state(source)
     arch = _architecture(state, source, image_size)
 
     def write(path: Path) -> None:
@@ -40,6 +46,7 @@ def export(source: Path, layout: str, folder: Path, image_size: int) -> None:
 
     with saving("the weights", folder):
         write_folder(folder, write)
+    return "averages of the weights (optim.ema)" if averaged else "weights"
 
 
 def _architecture(state: dict[str, Tensor], source: Path, image_size: int) -> Architecture:

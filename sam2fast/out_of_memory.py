@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
-from .checkpoint import RunState
 from .config import Config, StageConfig, UserError
 from .data.sample import PackedBatch
 from .memory_plan import GIB, MARGIN, estimate_peak
 from .models.architecture import Architecture
 from .models.sam2 import SAM2
 from .performance import RECOMPUTE_LADDER, RecomputePolicy
+from .run_state import RunState
 from .step_plan import StepPlan
 
 

@@ -22,7 +22,7 @@ import torch
 
 from sam2fast_kernels import library
 
-from .checkpoint import CheckpointStore, EntryState, RunState, save_state
+from .checkpoint import CheckpointStore, save_state
 from .checkpoint_files import saving, write_folder
 from .config import Config, ConfigError, DatasetConfig, MixItem, ModelConfig, StageConfig
 from .data.bad_records import BadRecords
@@ -44,6 +44,7 @@ from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast, set_tf32
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
 from .run_folder import RunFolder
+from .run_state import EntryState, RunState
 from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
 from .telemetry.gpu import GpuStats

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CheckpointStore, ResumeError, RunState, load_state
+from .checkpoint import CheckpointStore, load_state
 from .config import Config, ConfigError
 from .config_file import flatten, load_config, save_config
+from .run_state import ResumeError, RunState
 
 FIXED_KEYS = ("model.size", "model.version", "model.image_size", "seed")
 """Settings that a run keeps for its whole life; the names of its stages are others."""

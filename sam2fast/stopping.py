@@ -21,6 +21,10 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: not done, try again."""
 
 
+_SAVE_FAILED = signal.NSIG
+"""Sent in place of a signal, and above all of them."""
+
+
 class Stopped(Exception):
     """A signal has ended the run between two steps; the message says where it goes on."""
 
@@ -34,6 +38,8 @@ class StopRequest:
 
     def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
         self._received = 0
+        self.save_failed = False
+        """Whether a checkpoint could not be written beside training, on any rank."""
         self._agreement = StepAgreement(ranks, timeout_minutes)
 
     @contextmanager
@@ -49,13 +55,14 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
-    def begin(self, following: Mapping[str, Any]) -> None:
+    def begin(self, following: Mapping[str, Any], save_failed: bool = False) -> None:
         """Send what this rank has received to the others; every rank does so before a step.
 
         Args:
             following: what shapes the graph of the step after it, on which all ranks must agree.
+            save_failed: whether a checkpoint could not be written beside training, on this rank.
         """
-        self._agreement.begin(self._received, following)
+        self._agreement.begin(_SAVE_FAILED if save_failed else self._received, following)
 
     def end(self) -> str:
         """Name of the signal that some rank had received at `begin`, the same on all ranks; empty where none had.
@@ -64,6 +71,9 @@ class StopRequest:
             DivergenceError: on one rank, SystemExit on the others, where ranks would go on differently.
         """
         number = self._agreement.end()
+        if number == _SAVE_FAILED:
+            self.save_failed = True
+            return ""
         return signal.Signals(number).name if number else ""
 
     def now(self, following: Mapping[str, Any]) -> str:

@@ -1,5 +1,4 @@
-"""The loop of one stage. Its own steps do not wait for the device: numbers are read once per log interval. (DeepSpeed's
-step does, to see whether it was applied.)"""
+"""The loop of one stage. Steps, but DeepSpeed's, do not wait for the device: numbers are read once a log interval."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointStore, EntryState, RunState
+from .checkpoint import CheckpointStore
 from .config import Config, StageConfig, UserError
 from .data.bad_records import BadRecord, BadRecords
 from .data.dali import DaliDecoder
@@ -28,6 +27,7 @@ from .models.plan import RolloutPlan
 from .optim import learning_rate
 from .out_of_memory import explained
 from .parallel import HERE, CudaCapture, Engine, GraphedSteps, Ranks, StepResult
+from .run_state import EntryState, RunState
 from .step_plan import StepPlan, StepPlanner
 from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
@@ -161,7 +161,7 @@ class StageTrainer:
                     batches = self._next_batches()
                 self._list_records()
                 following, item = self.planner.plan(state.step + 1), self.plan.item
-                self.stop.begin(self._facts(following))
+                self.stop.begin(self._facts(following), self.store.failed)
                 with explained(config, state, self.plan, batches, self.engine.module, self.ranks.device):
                     self._step(batches)
                 clock.count(self._samples(item))
@@ -171,6 +171,8 @@ class StageTrainer:
                 state.global_step += 1
                 state.seconds = time.monotonic() - started
                 signal = self.stop.end()
+                if self.stop.save_failed:
+                    self.store.wait()  # raises
                 ended = state.step == self.stage.steps
                 saving = not ended and state.global_step % config.checkpoint.every == 0
                 # Also before a save, so that the means of a resumed run cover the same steps.
@@ -368,14 +370,8 @@ class StageTrainer:
         HERE.go("validation", step=self.state.global_step)
         values = self.validate()
         self.telemetry.log.scalars(self.state.global_step, values, stage=self.stage.name)
-        self.telemetry.progress.message(
-            "  ".join(
-                [
-                    f"validation at step {self.state.global_step}:",
-                    *(f"{tag} {value:.2f}" for tag, value in values.items()),
-                ]
-            )
-        )
+        scores = [f"{tag} {value:.2f}" for tag, value in values.items()]
+        self.telemetry.progress.message("  ".join([f"validation at step {self.state.global_step}:", *scores]))
         tag, best = self.config.checkpoint.best, self.state.best
         if tag is None:
             return False

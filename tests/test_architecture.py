@@ -35,15 +35,16 @@ ALLOWED = {
     "stopping": {"parallel", "signals"},
     "checkpoint_files": {"config", "parallel"},
     "checkpoint_tensors": set(),
-    "checkpoint": {"config", "parallel", "checkpoint_files", "checkpoint_tensors"},
+    "run_state": {"config"},
+    "checkpoint": {"config", "parallel", "checkpoint_files", "checkpoint_tensors", "run_state"},
     "export": {"config", "models", "checkpoint", "checkpoint_files"},
-    "run_folder": {"config", "config_file", "checkpoint"},
+    "run_folder": {"config", "config_file", "checkpoint", "run_state"},
     "memory_plan": {"config", "performance", "data.sample", "models", "losses", "optim", "parallel"},
     "step_plan": {"config", "data", "models"},
-    "out_of_memory": {"config", "performance", "data.sample", "models", "checkpoint", "memory_plan", "step_plan"},
+    "out_of_memory": {"config", "performance", "data.sample", "models", "run_state", "memory_plan", "step_plan"},
     "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint", "stopping"},
 }
-ALLOWED["trainer"] |= {"step_plan", "out_of_memory"}
+ALLOWED["trainer"] |= {"step_plan", "out_of_memory", "run_state"}
 ALLOWED["recipe"] = {*ALLOWED, "trainer"}
 ALLOWED["cli"] = {*ALLOWED, "recipe"}
 ALLOWED["train"] = {"cli"}

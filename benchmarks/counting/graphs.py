@@ -18,13 +18,13 @@ from torch.nn import Parameter
 from torch.utils import _foreach_utils
 
 from sam2fast import trainer
-from sam2fast.checkpoint import RunState
 from sam2fast.config import Config
 from sam2fast.data.bad_records import BadRecords
 from sam2fast.data.sample import Batch, PackedBatch
 from sam2fast.optim import build_groups
 from sam2fast.parallel import GraphedSteps, Ranks
 from sam2fast.parallel.ddp import TorchEngine
+from sam2fast.run_state import RunState
 from sam2fast.stopping import StopRequest
 from sam2fast.telemetry.meters import Meters
 

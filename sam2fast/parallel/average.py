@@ -14,14 +14,16 @@ from .state import EngineState
 
 
 class AveragingEngine:
-    """An engine that keeps, of every trained weight, the average a <- decay * a + (1 - decay) * w after each update.
+    """An engine that keeps, of every trained weight, the average a <- decay * a + (1 - decay) * w after each step, also
+    after one that was skipped, whose weights are those before.
 
     Averages are float32 and sharded as the weights are. Evaluation is theirs; training does not see them.
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine, self.decay = engine, decay
-        self._averages = {name: value.detach().clone() for name, value in engine.local_weights().items()}
+        self._weights = engine.local_weights()  # the tensors stay; to look for them walks over all modules
+        self._averages = {name: value.detach().clone() for name, value in self._weights.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -29,8 +31,7 @@ class AveragingEngine:
     @torch.no_grad()
     def step(self, lr_scale: float) -> StepResult:
         result = self.engine.step(lr_scale)
-        weights = self.engine.local_weights()
-        torch._foreach_lerp_(list(self._averages.values()), [weights[name] for name in self._averages], 1 - self.decay)
+        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), 1 - self.decay)
         return result
 
     def state(self) -> EngineState:
@@ -42,10 +43,9 @@ class AveragingEngine:
     def load_state(self, state: EngineState) -> None:
         """Averages begin with the weights where the state holds none."""
         self.engine.load_state(state)
-        weights = self.engine.local_weights()
         given = self.engine.local(state.averages)
         for name, value in self._averages.items():
-            value.copy_(given.get(name, weights[name]))
+            value.copy_(given.get(name, self._weights[name]))
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
@@ -68,7 +68,7 @@ class AveragingEngine:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, weight in self.engine.local_weights().items():
+        for name, weight in self._weights.items():
             average = self._averages[name]
             former = weight.clone()
             weight.copy_(average)

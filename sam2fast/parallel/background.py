@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -17,10 +18,14 @@ class BackgroundRanks(Ranks):
     group: dist.ProcessGroup
 
     @classmethod
-    def beside(cls, ranks: Ranks) -> BackgroundRanks:
-        """Called on every rank, in the same order as other process groups are made."""
+    def beside(cls, ranks: Ranks, timeout_minutes: float) -> BackgroundRanks:
+        """Called on every rank, in the same order as other process groups are made.
+
+        Args:
+            timeout_minutes: how long a collective may wait for a rank.
+        """
         values = {field.name: getattr(ranks, field.name) for field in fields(ranks)}
-        return cls(**values, group=dist.new_group(backend="gloo"))
+        return cls(**values, group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
 
     def barrier(self) -> None:
         self.gather(None)

@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 
 def compare(cases: list[dict], folder: Path) -> dict[str, dict[str, float]]:
-    """Largest differences of losses (relative) and weights (absolute) from one process with one micro-step."""
+    """Relative differences of losses (the largest) and weights (all together) from one process with one micro-step."""
     reference, out = str(folder / "reference.pt"), folder / "found.json"
     whole = [cases[0] | {"engine": {"kind": "torch"}, "accumulate": 1}]
     for ranks, given in ((1, whole), (2, cases)):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from sam2fast import recipe
-from sam2fast.checkpoint import ResumeError, RunState, load_state, save_state
+from sam2fast.checkpoint import load_state, save_state
 from sam2fast.cli import train
 from sam2fast.config import StageConfig, UserError
+from sam2fast.run_state import ResumeError, RunState
 
 IMAGES, VIDEOS = "{dataset: images, max_objects: 2}", "{dataset: videos, frames: 3, max_objects: 2}"
 

@@ -14,19 +14,20 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from sam2fast.models.official import from_official
 
 LAST_STEP = 10
+EMA = "stages.2.optim.ema=0.8"
 FILE = "__0_0.distcp"
 """What the first rank writes of a checkpoint."""
 
 
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return torch.load(output / "export" / "model.pt", weights_only=True)["model"]
+def weights(output: Path, name: str = "model.pt") -> dict[str, torch.Tensor]:
+    return torch.load(output / "export" / name, weights_only=True)["model"]
 
 
 @pytest.mark.parametrize(
     "launcher, forked, overrides",
     [
-        (FORKED, FORKED, []),
-        ([*DEEPSPEED, "--num_accelerators", "2"], TWO_FORKED, ["engine.kind=deepspeed"]),
+        (FORKED, FORKED, [EMA]),
+        ([*DEEPSPEED, "--num_accelerators", "2"], TWO_FORKED, ["engine.kind=deepspeed", EMA]),
         ([*TORCHRUN, "--nproc_per_node=2"], TWO_FORKED, []),
     ],
     ids=["python", "deepspeed-2", "torchrun-2"],
@@ -48,6 +49,10 @@ def test_killed_runs_end_with_the_same_weights(
     different = [name for name in want if not torch.equal(want[name], got[name])]
     assert not different, (first, second, different[:3])
     assert losses(output) == losses(whole), (first, second)
+    if EMA in overrides:
+        averages = [weights(folder, "model_ema.pt") for folder in (whole, output)]
+        assert all(torch.equal(averages[0][name], averages[1][name]) for name in want), (first, second)
+        assert any(not torch.equal(averages[0][name], want[name]) for name in want)
     again = run(unlaunched, cwd=tmp_path)  # a finished run has nothing left to do
     assert again.returncode == 0 and losses(output) == losses(whole)
 
@@ -84,11 +89,16 @@ def test_engines_and_numbers_of_ranks_take_turns(tmp_path: Path, exact_config: P
     common = ["stages.0.steps=6", "checkpoint.every=1", "checkpoint.asynchronous=false"]
     one_rank = "stages.0.data.0.batch_size=2"
     train(FORKED, exact_config, synthetic, whole, *common, one_rank)
-    turns = [(TWO_FORKED, ["engine.zero_stage=2"]), (FORKED, [one_rank]), (TWO_FORKED, ["engine.zero_stage=3"])]
+    turns = [
+        (TWO_FORKED, ["engine.zero_stage=2"]),
+        (FORKED, [one_rank]),
+        (TWO_FORKED, ["engine.kind=fsdp"]),
+        (TWO_FORKED, ["engine.zero_stage=3"]),
+    ]
     commands = [command(ranks, exact_config, synthetic, output, *common, *turn) for ranks, turn in turns]
-    kill_at(commands[0], output, 2)
-    kill_at(commands[1], output, 4)
-    done = run(commands[2], cwd=tmp_path)
+    for number, each in enumerate(commands[:-1]):
+        kill_at(each, output, number + 2)
+    done = run(commands[-1], cwd=tmp_path)
     assert done.returncode == 0 and "continuing at step" in done.stdout, done.stderr[-3000:]
     assert losses(output) == pytest.approx(losses(whole), rel=1e-5)
 
