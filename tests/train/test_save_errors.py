@@ -16,7 +16,8 @@ save, rank, way = torch.save, os.environ["FAILING_RANK"], os.environ["FAILING_WA
 folder = os.environ["FAILING_FOLDER"]
 
 def failing(value, file, *args, **kwargs):
-    path = str(getattr(getattr(file, "raw", file), "name", file))  # a stream of torch.distributed.checkpoint, or a path
+    # a path, or a stream of torch.distributed.checkpoint
+    path = str(file if isinstance(file, os.PathLike) else getattr(getattr(file, "raw", file), "name", file))
     if os.environ["RANK"] != rank or folder not in path:
         return save(value, file, *args, **kwargs)
     if way == "kill":
