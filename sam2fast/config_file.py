@@ -30,10 +30,10 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
         tree = OmegaConf.load(path)
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path} must hold a mapping of settings at its top, not a list or a single value")
-        if "name" in tree:  # else `name` is what is missing
-            tree.setdefault("output_dir", "runs/${name}")
         for override in overrides:
             _apply_override(tree, override)
+        if "name" in tree:  # else `name` is what is missing
+            tree.setdefault("output_dir", "runs/${name}")
         missing = [key for key, value in flatten(OmegaConf.to_container(tree)).items() if value == "???"]
         if missing:
             raise ConfigError(

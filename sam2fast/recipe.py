@@ -274,13 +274,14 @@ def _clips(run: _Run, state: RunState, item: MixItem, entry: EntryState) -> Clip
     config, ranks = run.config, run.ranks
     stage, group = config.stages[state.stage], entry.group
     dataset, counts = run.datasets[item.dataset], None
-    if entry.records not in (0, len(dataset)):
+    records, names = len(dataset), dataset.names_digest()
+    if entry.names and (entry.records, entry.names) != (records, names):
         run.telemetry.warn(
-            f"warning: dataset {item.dataset!r} had {entry.records:,} videos or images when stage {stage.name!r} began "
-            f"and has {len(dataset):,} now: the order of samples is another one, and this epoch repeats some and "
-            "leaves out others"
+            f"warning: dataset {item.dataset!r} has changed since this run last used it: {entry.records:,} videos or "
+            f"images then (digest of their names {entry.names}), {records:,} now ({names}): the order of samples is "
+            "another one, so this epoch repeats some and leaves out others"
         )
-    entry.records = len(dataset)
+    entry.records, entry.names = records, names
     if item.balance and group > 1:
         settings, report = config.data.datasets[item.dataset], run.telemetry.progress.message
         counts = ranks.broadcast(

@@ -25,7 +25,9 @@ class EntryState:
     """Samples of an optimizer step when it began. The order of balanced samples depends on it, so it stays when the
     stage goes on with more or fewer."""
     records: int = 0
-    """Videos or images of the dataset when it began: the order of samples depends on it."""
+    """Videos or images of the dataset; the order of samples depends on their number."""
+    names: str = ""
+    """Digest of their names: which of them a sample shows depends on these."""
     taken: int = 0
     """Samples taken by all ranks: another number of ranks, or another batch size, continues with the next one."""
 

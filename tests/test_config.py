@@ -95,12 +95,20 @@ def test_mistakes_are_blamed_on_who_made_them(minimal: Path) -> None:
     assert "unknown key 'colour'" in text and "seed=1" not in text
 
 
-@pytest.mark.parametrize("text", ["", "- a list", "name: [unclosed", "name: ${nowhere}", "just text"])
+@pytest.mark.parametrize("text", ["", "- a list", "name: [unclosed", "name: ${nowhere}", "just text", "5"])
 def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match="bad.yaml"):
         load_config(path)
+
+
+def test_a_missing_name_is_what_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "nameless.yaml"
+    path.write_text(MINIMAL.replace("name: minimal", ""))
+    with pytest.raises(ConfigError, match="name is required and not set"):
+        load_config(path)
+    assert load_config(path, ["name=given"]).output_dir == "runs/given"
 
 
 def test_missing_file() -> None:

@@ -29,12 +29,13 @@ SAM2FAST_INLINE Words every_other(Words a, Words b, std::index_sequence<kIndex..
 }
 constexpr auto kSequence = std::make_index_sequence<kLanes>{};
 
-// Coordinates in 1/256, rounded and clamped to [0, size - 1].
+// Coordinates in 1/256, rounded and clamped to [0, size - 1]; clamped first, so that all fit into int32. Sizes are below
+// 2^23, and so the last coordinate is a float32.
 SAM2FAST_INLINE Int locate(float start, float step, Float index, int64_t size) {
-  const Int last = (Int{} + static_cast<int32_t>(size - 1)) * 256;
-  const Float at = (start * 256.0f + 0.5f) + index * (step * 256.0f);
-  const Int place = to_int(at > 0.0f ? at : Float{});
-  return place < last ? place : last;
+  const Float last = broadcast(static_cast<float>(size - 1) * 256.0f);
+  Float at = (start * 256.0f + 0.5f) + index * (step * 256.0f);
+  at = at > 0.0f ? at : Float{};
+  return to_int(at < last ? at : last);
 }
 
 SAM2FAST_INLINE Float indices(int64_t first) {

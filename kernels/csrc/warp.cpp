@@ -144,19 +144,20 @@ class Stretched {
   std::vector<int32_t> place_, right_;
 };
 
-// Coordinates are int32 in 1/256 of a pixel.
-bool small_enough(const Tensor& image) {
+// Coordinates are int32 in 1/256 of a pixel, places in the source int32.
+void check_size(const char* name, const Tensor& image) {
   const int64_t height = image.size(0), width = image.size(1);
-  return std::max(height, width) < (int64_t{1} << 23) && (height + 1) * (width + 1) < (int64_t{1} << 31);
+  STD_TORCH_CHECK(
+      std::max(height, width) < (int64_t{1} << 23) && (height + 1) * (width + 1) < (int64_t{1} << 31), name,
+      ": an image must have at most 2^23 - 1 pixels a side and below 2^31 in all, it has ", height, " x ", width);
 }
 
 void warp_image(Tensor out, Tensor image, Tensor matrix, Tensor color, Tensor fill) {
   STD_TORCH_CHECK(
       image.scalar_type() == ScalarType::Byte && image.dim() == 3 && image.size(2) == 3 && image.stride(2) == 1 &&
-          image.stride(1) == 3 && image.size(0) > 0 && image.size(1) > 0 &&
-          small_enough(image),
-      "warp_image: the image must be uint8 [H, W, 3], rows contiguous, not empty, of at most 2^23 - 1 pixels a side and "
-      "below 2^31 pixels");
+          image.stride(1) == 3 && image.size(0) > 0 && image.size(1) > 0,
+      "warp_image: the image must be uint8 [H, W, 3], rows contiguous, not empty");
+  check_size("warp_image", image);
   STD_TORCH_CHECK(
       out.scalar_type() == ScalarType::Byte && out.dim() == 3 && out.size(0) == 3 && out.is_contiguous(),
       "warp_image: the result must be uint8 [3, S, S'], contiguous");
@@ -264,10 +265,9 @@ class Codes {
 
 void warp_masks(Tensor out, Tensor codes, Tensor matrix) {
   STD_TORCH_CHECK(
-      codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.stride(1) == 1 && codes.numel() > 0 &&
-          small_enough(codes),
-      "warp_masks: codes must be uint8 [H, W], rows contiguous, not empty, of at most 2^23 - 1 pixels a side and below "
-      "2^31 pixels");
+      codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.stride(1) == 1 && codes.numel() > 0,
+      "warp_masks: codes must be uint8 [H, W], rows contiguous, not empty");
+  check_size("warp_masks", codes);
   STD_TORCH_CHECK(
       out.scalar_type() == ScalarType::Bool && out.dim() == 3 && out.size(0) <= 8 && out.is_contiguous(),
       "warp_masks: the result must be bool [N, S, S'], contiguous, N at most 8");

@@ -13,9 +13,9 @@ from .. import library
 from . import reference
 
 MASKS_AT_ONCE = 8
-LONGEST_SIDE = 2**23 - 1
-"""Pixels: coordinates are int32 in 1/256 of one."""
 """Masks of one call of the operator: one bit each of a byte."""
+LONGEST_SIDE = 2**23 - 1
+"""Of an image or its codes, in pixels: `cpp` has coordinates as int32 in 1/256 of one."""
 
 
 def warp_image(

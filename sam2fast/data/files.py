@@ -5,6 +5,7 @@ Bytes come first and decoding second, because SA-1B images are read out of tar f
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -120,6 +121,11 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> Iterable[tuple[Path, 
         found = sorted(name for name in names if name.lower().endswith(suffixes) and not name.startswith("."))
         if found:
             yield Path(parent), found
+
+
+def digest(data: bytes | np.ndarray) -> str:
+    """Of names, 16 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 class Packed:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 
 import torch
 
 _NAME_BYTES = 240
 _IDLE = -1
+_ENDING = 5.0
+"""Seconds that a process may take to be gone after its connections are."""
 
 
 class InFlight:
@@ -28,11 +31,22 @@ class InFlight:
         """Worker number `worker`, this process, waits for work."""
         self._numbers[worker] = torch.tensor([os.getpid(), _IDLE])
 
+    def some_dead(self) -> bool:
+        """Whether a process that noted something has ended; waits for one that is ending. For their parent."""
+        deadline = time.monotonic() + _ENDING
+        while not (dead := self._dead()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return bool(dead)
+
+    def _dead(self) -> set[int]:
+        alive = {child.pid for child in multiprocessing.active_children()}
+        return {pid for pid in self._numbers[:, 0].tolist() if pid != _IDLE and pid not in alive}
+
     def of_dead(self) -> list[tuple[int, str]]:
         """Sample number and record name of what processes were loading that have ended since. For their parent."""
-        alive = {child.pid for child in multiprocessing.active_children()}
+        dead = self._dead()
         return [
             (number, bytes(name).rstrip(b"\0").decode(errors="replace"))
             for (pid, number), name in zip(self._numbers.tolist(), self._names.tolist(), strict=True)
-            if number != _IDLE and pid not in alive
+            if number != _IDLE and pid in dead
         ]

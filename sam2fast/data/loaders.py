@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from .in_flight import InFlight
 from .render import SamplePlan, render
 from .sample import DataError, PackedBatch, Sample, collate
 from .sampling import ClipDataset
-from .workers import is_of_dead_worker, lacks_descriptors, start_fork_server, start_worker
+from .workers import is_of_dead_worker, lacks_descriptors, start_fork_server, start_loader
 
 if TYPE_CHECKING:
     from .dali import DaliDecoder
@@ -80,7 +81,7 @@ def build_loader(
         start_fork_server()
         options = {
             "multiprocessing_context": "forkserver",
-            "worker_init_fn": start_worker,
+            "worker_init_fn": partial(start_loader, in_flight),
             "prefetch_factor": max(prefetch, -(-accumulate // workers)),
         }
     render_with = (decoder.encode, assemble) if decoder else (render, _pack)
@@ -183,7 +184,7 @@ def _checked(
             try:
                 found = next(loaded)
             except (RuntimeError, OSError, EOFError) as error:
-                if in_flight and is_of_dead_worker(error):
+                if in_flight and is_of_dead_worker(error, in_flight):
                     raise DataError(_of_dead_worker(error, dataset, in_flight)) from None
                 if lacks_descriptors(error):
                     raise DataError(_NO_DESCRIPTORS) from None

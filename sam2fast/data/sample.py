@@ -64,6 +64,10 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> VideoRecord: ...
 
+    def names_digest(self) -> str:
+        """Digest of the names of all records in their order."""
+        ...
+
     def sources(self) -> Iterable[Path]:
         """Files of annotations, or folders of them where they are too many."""
         ...

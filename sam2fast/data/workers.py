@@ -18,6 +18,7 @@ import cv2
 import sam2fast_kernels
 
 from ..signals import STOP_SIGNALS
+from .in_flight import InFlight
 
 
 def start_fork_server() -> None:
@@ -51,12 +52,18 @@ def start_fork_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def start_worker(number: int = 0) -> None:
-    """Set up a process that decodes, and end it with the one that started it. The DataLoader gives it a number."""
+def start_worker() -> None:
+    """Set up a process that decodes, and end it with the one that started it."""
     cv2.setNumThreads(0)  # the processes are the parallelism
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as the fork server has, in case another started this
     threading.Thread(target=_end_with_trainer, daemon=True).start()
     threading.Thread(target=_end_by_trainer, daemon=True).start()
+
+
+def start_loader(in_flight: InFlight, number: int) -> None:
+    """`start_worker` for worker `number` of a DataLoader; from now on `in_flight` tells when it has ended."""
+    in_flight.clear(number)
+    start_worker()
 
 
 @contextmanager
@@ -84,13 +91,17 @@ def _end_with_trainer() -> None:
     os._exit(1)
 
 
-def is_of_dead_worker(error: Exception) -> bool:
-    """A worker that died shows as a RuntimeError of the DataLoader or, where its last batch was on the way, as a broken
-    connection, to the thread that pins memory too; an error that a living worker reports starts with "Caught"."""
+def is_of_dead_worker(error: Exception, in_flight: InFlight) -> bool:
+    """Whether a DataLoader raised `error` because one of its workers, which `start_loader` set up, has died.
+
+    That shows as a RuntimeError of the DataLoader or, where its last batch was on the way, as a broken connection, to
+    the thread that pins memory too. What living workers report starts with "Caught"; others are of this process.
+    """
     text = str(error)
-    if text.startswith("Caught") or lacks_descriptors(error):
-        return False
-    return type(error) is not RuntimeError or "DataLoader worker" in text or "Pin memory thread exited" in text
+    if type(error) is RuntimeError and "DataLoader worker" in text:
+        return True
+    broken = type(error) is not RuntimeError or "Pin memory thread exited" in text
+    return broken and not text.startswith("Caught") and not lacks_descriptors(error) and in_flight.some_dead()
 
 
 def lacks_descriptors(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sam2fast.config import DatasetConfig, MixItem
 from sam2fast.data import index as index_module
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.index import ObjectCounts, object_counts
+from sam2fast.data.sample import DataError
 from sam2fast.data.synthetic import write_dataset
 
 ITEM = MixItem(dataset="data")
@@ -102,6 +104,27 @@ def test_counting_by_processes_changes_nothing(video_folder, monkeypatch):
     monkeypatch.setattr(index_module, "_PATIENCE", 0.0)
     others, said = count(root)
     assert others == here and len(said) == 1 and "counting the objects of 70 videos or images" in said[0]
+
+
+class Fatal:
+    """A dataset whose records end the process that counts them."""
+
+    name = "data"
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sources(self):
+        return []
+
+
+def test_a_counting_process_that_is_killed_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_PATIENCE", -1.0)
+    with pytest.raises(DataError, match="dataset 'data': a process that counted .* of 8 .* memory may have run out"):
+        object_counts(Fatal(), DatasetConfig(root=str(tmp_path)), ITEM, 0)
 
 
 def test_damaged_annotations_are_left_to_training(tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ import torch
 from PIL import Image
 
 from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
+from sam2fast.data import in_flight
 from sam2fast.data.bad_records import BadRecords
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.loaders import build_loader
@@ -141,6 +146,87 @@ def test_a_killed_worker_is_one_error(dataset):
     with pytest.raises(DataError, match=r"a data loading process died .*data\.workers"):
         for _ in range(10):
             next(loader)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), RuntimeError("Pin memory thread exited unexpectedly")]
+)
+def test_a_worker_is_dead_only_where_it_is(dataset, monkeypatch, error):
+    """What torch raises where a connection breaks, or the thread that pins memory ends at that."""
+    monkeypatch.setattr(in_flight, "_ENDING", 0.2)
+    loaders = [build_loader(dataset, 2, workers=1) for _ in range(2)]
+    for loader in loaders:
+        next(loader)
+
+    def broken(self):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", broken)
+    with pytest.raises(type(error), match=re.escape(str(error))) as raised:
+        next(loaders[0])
+    assert raised.type is type(error)
+    loaders[0].close()
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a data loading process died between two samples \(.*(Pin|Input)"):
+        next(loaders[1])
+
+
+def test_a_lack_of_file_descriptors_is_its_own_error(dataset):
+    loader = build_loader(dataset, 2, workers=1, prefetch=4)
+    next(loader)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(DataError, match=r"^too many open files: .*ulimit -n"):
+            next(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for each in taken:
+            os.close(each)
+
+
+class Buggy:
+    """A dataset whose record meets a bug."""
+
+    name = "davis"
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return BuggyRecord()
+
+
+class BuggyRecord:
+    name, num_frames, annotated = "video 7", 1, (0,)
+
+    def masks(self, frame):
+        return 1 // 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_is_told_with_its_sample(workers):
+    dataset = ClipDataset(Buggy(), MixItem(dataset="davis"), AugmentConfig(), 32, seed=0)
+    with pytest.raises(ZeroDivisionError, match="while loading sample 3 of dataset 'davis', record 'video 7'"):
+        next(build_loader(dataset, 1, start=3, workers=workers))
+
+
+def test_what_workers_get_is_small():
+    """Tables of all records lie in tensors, which are shared; 11 million numbers in each pickle would be 88 MB."""
+
+    class Many(Buggy):
+        def __len__(self):
+            return 200_000
+
+    for item in (MixItem(dataset="davis"), MixItem(dataset="davis", repeat=1.5)):
+        clips = ClipDataset(Many(), item, AugmentConfig(), 32, seed=0)
+        clips._dataset = None  # is for its reader to keep small
+        assert len(ForkingPickler.dumps(clips)) < 10_000
 
 
 def test_a_sample_that_ends_its_worker_is_named(video_folder, tmp_path):

@@ -257,6 +257,20 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dataset_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    root, rename = write_dataset(tmp_path / "data", "sa1b", 1, 0, size=SIZE), Path.rename
+
+    def fails(self, target):
+        if ".partial-" in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="No space"):
+        write_dataset(root, "sa1b", 2, 0, size=SIZE, overwrite=True)
+    assert (root / "sa_1.jpg").is_file() and [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -295,3 +309,7 @@ def test_command_line(tmp_path, capsys):
     assert "1 sav items" in capsys.readouterr().out
     assert main([*arguments, "--seed", "5"]) == 2
     assert "seed 4 instead of 5" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*arguments[2:], "--root", str(tmp_path / "file" / "data")]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and "file" in text and text.count("\n") == 1

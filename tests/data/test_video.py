@@ -107,6 +107,14 @@ def test_damaged_files_are_named(tmp_path, write_video):
         VideoReader(tmp_path / "missing.mp4").frames([0])
 
 
+def test_a_codec_that_ffmpeg_does_not_know_is_named(tmp_path, write_video):
+    path = tmp_path / "v.mp4"
+    write_video(path, 4)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(DataError, match=r"v\.mp4: its codec is not known to this FFmpeg"):
+        len(VideoReader(path).frames([0]))
+
+
 def test_damage_inside_is_named(tmp_path, write_video):
     path = tmp_path / "video.mp4"
     write_video(path, 40, g="10")

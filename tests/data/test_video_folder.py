@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import warnings
+import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from sam2fast.config import DatasetConfig
+from sam2fast.data.defects import collecting
+from sam2fast.data.files import check_image, decode_image, decode_labels
 from sam2fast.data.formats import open_dataset
 from sam2fast.data.sample import DataError
 
@@ -99,7 +104,19 @@ def test_masks_of_one_object_are_all_above_zero(video_folder):
 def test_an_image_beside_the_videos_is_no_video(video_folder):
     root = video_folder({"a": 2, "b": 2})
     shutil.copy(root / "JPEGImages/a/00000.jpg", root / "JPEGImages/thumb.jpg")
-    assert [record.name for record in open_folder(root)] == ["a", "b"]
+    shutil.copy(root / "JPEGImages/a/00000.jpg", root / "JPEGImages/thumb.png")
+    with collecting() as notes:
+        assert [record.name for record in open_folder(root)] == ["a", "b"]
+    assert [(defect.is_warning, "thumb.jpg, " in defect.reason) for defect in notes.defects] == [(True, True)]
+
+
+@pytest.mark.parametrize("use", [decode_image, check_image, decode_labels])
+def test_headers_of_impossible_sizes_are_defects(use):
+    png = bytearray(cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes())
+    png[16:24] = struct.pack(">II", 60_000, 60_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    with pytest.raises(DataError, match="huge.png"):
+        use(bytes(png), "huge.png")
 
 
 def test_layouts_and_names(video_folder):

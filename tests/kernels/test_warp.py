@@ -77,6 +77,21 @@ def test_back_ends_agree_on_masks(size):
                 assert (ours != want).float().sum() <= 3e-3 * ours.numel()
 
 
+@needs_cpp
+@pytest.mark.parametrize("matrix", [affine(0.0, 0.47, (3.3, 2.6)), affine(0.35, 0.6, (-40.0, 150.0))])
+def test_back_ends_agree_on_a_video_frame(matrix):
+    """At three times what README.md says they differ by."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 4, 120, 214, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (480, 854), mode="bicubic")[0].clamp(0, 1)
+    image, codes = (255 * smooth[:3]).byte().permute(1, 2, 0).contiguous(), (smooth[3] > 0.5).byte()
+    color = torch.tensor([[1.1, 0.02, 0.0, -3.0], [0.0, 0.95, 0.03, 4.5], [0.01, 0.0, 1.05, 1.2]])
+    ours, want = (image_of(image, matrix, color, (1024, 1024), backend).int() for backend in ("cpp", "reference"))
+    assert (ours - want).abs().max() <= 1 and (ours != want).float().mean() <= 12e-4
+    ours, want = (masks_of(codes, matrix, 1, (1024, 1024), backend) for backend in ("cpp", "reference"))
+    assert (ours != want).sum() <= 3 and ours.float().mean() > 0.2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_shifts_copy_pixels(backend):
     image = picture(20, 30)
@@ -152,6 +167,20 @@ def test_the_longest_side_is_read_to_its_end(backend):
     out = torch.zeros(3, 1, 4, dtype=torch.uint8)
     warp_image(out, image, affine(0.0, 1.0, (2.0**23 - 5, 0.0)), PLAIN, torch.zeros(3, dtype=torch.uint8), backend)
     assert out[0, 0].tolist() == [0, 0, 0, 200]
+
+
+@needs_cpp
+def test_sides_beyond_the_longest_are_refused_with_their_size():
+    """Also by the operators, where nothing has checked their arguments before."""
+    image = torch.zeros(1, 2**23, 3, dtype=torch.uint8)
+    out, matrix = torch.zeros(3, 1, 4, dtype=torch.uint8), affine(0.0, 1.0, (0.0, 0.0))
+    with pytest.raises(RuntimeError, match="2\\^23 - 1 pixels a side .* it has 1 x 8388608"):
+        image_warp.overloads["cpp"](out, image, matrix, PLAIN, FILL)
+    codes, masks = image[..., 0].contiguous().reshape(-1, 1), torch.zeros(1, 1, 4, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="2\\^23 - 1 pixels a side .* it has 8388608 x 1"):
+        mask_warp.overloads["cpp"](masks, codes, matrix)
+    with pytest.raises(ValueError, match="codes may have at most 8388607 pixels a side"):
+        warp_masks(masks, codes, matrix)
 
 
 def test_too_many_masks_are_refused():

@@ -61,7 +61,11 @@ def test_state_is_kept_and_an_older_one_refused(tmp_path: Path) -> None:
 
 
 def test_resumed_run_goes_on_with_each_dataset(
-    exact_config: Path, synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exact_config: Path,
+    synthetic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     used: list[str] = []
 
@@ -76,13 +80,14 @@ def test_resumed_run_goes_on_with_each_dataset(
 
     monkeypatch.setattr(recipe, "StageTrainer", Recorder)
 
-    def images(output: str, stop_at: int, *data: str) -> list[str]:
+    def images(output: str, stop_at: int, *data: str, without: str = "") -> list[str]:
         """Ids of the images that a run uses before it ends at a step."""
         used.clear()
         Recorder.stop_at = stop_at
         settings = [f"data.root={synthetic}", f"output_dir={tmp_path / output}", "checkpoint.every=1",
                     "log_every=100", "stages.0.steps=20", f"stages.0.data=[{', '.join(data)}]",
-                    "data.datasets.images.format=sa1b", "data.datasets.images.root=${data.root}/images"]  # fmt: skip
+                    f"data.datasets.images.exclude=[{without}]", "data.datasets.images.format=sa1b",
+                    "data.datasets.images.root=${data.root}/images"]  # fmt: skip
         assert train(str(exact_config), settings) == 2
         return [sample_id for sample_id in used if sample_id.startswith("images/")]
 
@@ -92,3 +97,8 @@ def test_resumed_run_goes_on_with_each_dataset(
     parts += images("changed", 6, VIDEOS, IMAGES)  # two of each
     parts += images("changed", 8, IMAGES)
     assert parts == whole
+    assert "has changed since" not in capsys.readouterr().out
+    images("changed", 9, IMAGES, without="sa_1")
+    assert "dataset 'images' has changed since this run last used it: 8 videos or images" in capsys.readouterr().out
+    images("changed", 10, IMAGES, without="sa_2")  # as many
+    assert "7 videos or images then" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from ..defects import collecting
 from ..files import list_files
 from ..formats import open_dataset, resolve
 from ..formats.selection import counted
+from ..in_flight import InFlight
 from ..sample import DataError, Dataset
-from ..workers import is_of_dead_worker, start_fork_server, start_worker
+from ..workers import is_of_dead_worker, start_fork_server, start_loader
 from .item import Inspector, ItemReport
 from .sheet import COLUMNS, ROWS, write_sheet
 from .summary import Summary, defect_lines
@@ -96,16 +98,16 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
     summary = Summary(config, total=len(dataset), defects=notes.defects)
     order = np.random.default_rng(_SEED).permutation(len(dataset))[:limit]
     candidates = dict.fromkeys(order[: 2 * ROWS * COLUMNS].tolist(), False)  # for the sheet: which of them are sound
-    stopped, code = "", CLEAN
+    stopped, code, in_flight = "", CLEAN, InFlight(workers)
     try:
-        for report in _reports(dataset, np.sort(order), workers, summary):
+        for report in _reports(dataset, np.sort(order), workers, summary, in_flight):
             summary.add(report)
             if report.index in candidates:
                 candidates[report.index] = report.is_sound and any(report.objects)
     except KeyboardInterrupt:
         stopped, code = f"interrupted: what was found in {summary.checked:,} of {len(order):,}", INTERRUPTED
     except (RuntimeError, OSError, EOFError) as error:
-        if not is_of_dead_worker(error):
+        if not is_of_dead_worker(error, in_flight):
             raise
         code = DEFECTS
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -118,7 +120,9 @@ def check_data(config: DatasetConfig, out: Path | None = None, limit: int | None
     return code or (DEFECTS if summary.errors else CLEAN)
 
 
-def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summary) -> Iterator[ItemReport]:
+def _reports(
+    dataset: Dataset, indices: np.ndarray, workers: int, summary: Summary, in_flight: InFlight
+) -> Iterator[ItemReport]:
     """Check items, where there are several workers a few ahead. In order: a worker that died is then missed soon."""
     options = {}
     workers = min(workers, len(indices))
@@ -127,7 +131,7 @@ def _reports(dataset: Dataset, indices: np.ndarray, workers: int, summary: Summa
         options = {
             "num_workers": workers,
             "multiprocessing_context": "forkserver",
-            "worker_init_fn": start_worker,
+            "worker_init_fn": partial(start_loader, in_flight),
             "prefetch_factor": 4,
         }
     reports = torch.utils.data.DataLoader(Inspector(dataset), batch_size=None, sampler=indices, **options)

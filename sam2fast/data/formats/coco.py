@@ -19,6 +19,7 @@ from ..files import (
     WarnOnce,
     check_image,
     decode_image,
+    digest,
     image_size,
     list_files,
     parse_json,
@@ -103,6 +104,9 @@ class CocoDataset:
     def __getitem__(self, index: int) -> CocoImage:
         path, entry = Path(self._paths[index].decode()), json.loads(self._entries[index])
         return CocoImage(self._names[index].decode(), path, entry, self._json, self._warn)
+
+    def names_digest(self) -> str:
+        return digest(b"\0".join(self._names))
 
     def sources(self) -> list[Path]:
         return [self._json]

@@ -25,6 +25,7 @@ from ..files import (
     WarnOnce,
     check_image,
     decode_image,
+    digest,
     image_size,
     list_files,
     parse_json,
@@ -162,6 +163,9 @@ class Sa1bDataset:
         container, offset, size = self._spans[index, part].tolist()
         path, member = self._containers[container].decode(), _as_text(self._members[part][index])
         return _Place(f"{path}/{member}") if size == _WHOLE_FILE else _Place(path, member, offset, size)
+
+    def names_digest(self) -> str:
+        return digest(self._names.numpy())
 
     def sources(self) -> list[Path]:
         """Tar files, and the folders of single files."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report
-from ..files import Packed, WarnOnce, list_files, parse_json, read_bytes
+from ..files import Packed, WarnOnce, digest, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
@@ -163,6 +163,9 @@ class SavDataset:
     def __getitem__(self, index: int) -> SavVideo:
         name, video, *jsons = self._videos[index].decode().split("\0")
         return SavVideo(name, Path(video), [Path(path) for path in jsons], self._warn)
+
+    def names_digest(self) -> str:
+        return digest(b"\0".join(row.partition(b"\0")[0] for row in self._videos))
 
     def sources(self) -> list[Path]:
         return [Path(path) for row in self._videos for path in row.decode().split("\0")[2:]]

@@ -17,7 +17,17 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report, tolerated
-from ..files import IMAGE_SUFFIXES, Packed, WarnOnce, check_image, decode_image, decode_labels, image_size, read_bytes
+from ..files import (
+    IMAGE_SUFFIXES,
+    Packed,
+    WarnOnce,
+    check_image,
+    decode_image,
+    decode_labels,
+    digest,
+    image_size,
+    read_bytes,
+)
 from ..masks import FrameMasks, check_size, label_masks
 from ..sample import DataError, SizeMismatch
 from .selection import counted, select, shorten
@@ -150,6 +160,9 @@ class VideoFolder:
         name, frames, masks = self._videos[index].decode().split("\0")
         return FolderVideo(name, Path(frames), Path(masks), self._warn)
 
+    def names_digest(self) -> str:
+        return digest(b"\0".join(row.partition(b"\0")[0] for row in self._videos))
+
     def sources(self) -> list[Path]:
         return [Path(row.decode().split("\0")[2]) for row in self._videos]
 
@@ -165,13 +178,14 @@ def open_video_folder(config: DatasetConfig, name: str, seed: int) -> VideoFolde
         )
     frames_root, masks_root = found
     frames, masks = _subfolders(frames_root), _subfolders(masks_root)
-    strays = _by_key(frames_root, IMAGE_SUFFIXES)
-    if strays and not frames:  # a single video, without a folder of its own
-        single = Path(config.root).resolve().name
-        frames, masks = {single: str(frames_root)}, {single: str(masks_root)}
-    elif strays:
-        reason = f"{shorten([str(path) for path in strays.values()])} beside the folders of videos"
-        note_warning("images outside of any video, which are not used", {"": reason})
+    if images := _images(frames_root):
+        if frames:
+            paths = shorten([str(frames_root / image) for image in images])
+            reason = f"{paths}: beside the folders of videos; remove them, or give them a folder and masks"
+            note_warning("images outside of any video, which are not used", {"": reason})
+        else:  # a single video, without a folder of its own
+            single = Path(config.root).resolve().name
+            frames, masks = {single: str(frames_root)}, {single: str(masks_root)}
     names = sorted(frames | masks)
     if not names:
         raise DataError(f"dataset {name!r}: {frames_root} is empty; expected one folder of frames per video")
@@ -236,11 +250,15 @@ def _subfolders(folder: Path) -> dict[str, str]:
         return {entry.name: entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
 
 
+def _images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith("."))
+
+
 def _by_key(folder: Path, suffixes: tuple[str, ...]) -> dict[_Key, Path]:
     """Image files of a folder in the order of their numbers."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith(".")]
-    by_key = {_key(name): name for name in sorted(names)}
-    for name in sorted(names):
+    names = _images(folder, suffixes)
+    by_key = {_key(name): name for name in names}
+    for name in names:
         if by_key[_key(name)] != name:
             with tolerated():
                 raise DataError(f"{folder / name} and {by_key[_key(name)]} have the same number; keep one of them")
