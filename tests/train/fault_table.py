@@ -202,7 +202,7 @@ def row(fault: Fault, config: Path, data: Path, folder: Path) -> list[str]:
                 fault.inject(run)
         time.sleep(0.2)
     _, alive = psutil.wait_procs(list(processes.values()), timeout=120)
-    took = f"{time.monotonic() - began:.0f} s" if began else "at the start"
+    took = f"{time.monotonic() - began:.0f} s" if began else "at the step" if run.step() else "at the start"
     for each in alive:
         each.kill()
     code, printed = run.result()
