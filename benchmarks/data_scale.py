@@ -4,13 +4,16 @@
 
 Writes synthetic data (once for a folder), trains a micro model for an epoch of each, kills the same run with signal
 9 at a random step and continues it. Prints start-up times with and without the index, the memory of trainer and loader
-processes in tenths of the run, and whether both runs used the same samples; exits with 1 where they did not, where a
-record is missing in the epoch, or where a process grew by more than `MOST_GROWTH`.
+processes in tenths of the run, and whether both runs used the same samples. Exits with 1 where they did not (repeated
+steps included), where a record is missing in the epoch, or where memory grew by more than `MOST_GROWTH`. A row for each
+dataset is added to results/data_scale.csv, which keeps every measurement; `--no-save` leaves it alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
 import json
 import os
 import random
@@ -32,8 +35,9 @@ RECORDER = ROOT / "benchmarks" / "recording_train.py"
 SIDE = 64
 BATCH = {"images": 10, "videos": 2}
 FRAMES = {"images": 1, "videos": 3}
-MOST_GROWTH = 40
-"""MiB from the second tenth of an epoch on; 21 is the most that was seen, of the trainer, which goes up and down."""
+MOST_GROWTH = {"trainer": 40, "largest worker": 10}
+"""MiB from the second tenth of an epoch on. Seen: trainers within 23 (644 to 667), workers within 1 (27 to 28)."""
+TENTHS = 10
 
 CONFIG = """
 name: scale
@@ -49,7 +53,7 @@ stages:
       prompts: {{correction_clicks: 0}}}}
   - {{name: videos, steps: {video_steps}, data: [{{dataset: videos, batch_size: {videos}, frames: 3}}],
       prompts: {{correction_clicks: 0}}}}
-checkpoint: {{every: 10}}
+checkpoint: {{every: {every}}}
 """
 
 
@@ -59,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keep the data there; default: a temporary folder")
+    parser.add_argument("--no-save", action="store_true", help="add no rows to results/data_scale.csv")
     args = parser.parse_args(argv)
+    counts = {"images": args.images, "videos": args.videos}
+    for name, count in counts.items():
+        if count % BATCH[name] or count < TENTHS * BATCH[name]:
+            parser.error(f"--{name} must be a multiple of {BATCH[name]}, at least {TENTHS * BATCH[name]}, not {count}")
     from sam2fast.data.synthetic import write_dataset
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -68,13 +77,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_dataset(data / "images", "sa1b", args.images, size=(96, 128), tar=True)
         write_dataset(data / "videos", "sav", args.videos, frames=4, size=(96, 128))
         print(f"{args.images} images and {args.videos} videos written in {time.monotonic() - began:.0f} s", flush=True)
-        report_startup(data, args.workers)
-        counts = {"images": args.images, "videos": args.videos}
-        return report_run(data, Path(temporary), counts, args.workers)
+        started = report_startup(data, args.workers)
+        rows, faults = report_run(data, Path(temporary), counts, args.workers)
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    if not args.no_save:
+        save([{**rows[name], **started[name], "workers": args.workers} for name in counts])
+    return 1 if faults else 0
 
 
-def report_startup(data: Path, workers: int) -> None:
-    """Time to open a dataset, first without an index, and to its first batch."""
+def save(rows: list[dict[str, object]]) -> None:
+    """Add rows to results/data_scale.csv."""
+    import torch
+    from harness.report import commit, device_name
+
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    common = {"device": device_name(torch.device("cpu")), "cores": os.cpu_count(), "commit": commit(), "date": date}
+    path = ROOT / "benchmarks" / "results" / "data_scale.csv"
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(row | common for row in rows)
+
+
+def report_startup(data: Path, workers: int) -> dict[str, dict[str, str]]:
+    """Time to open each dataset, first without an index, and to its first batch."""
     from sam2fast.config import AugmentConfig, DatasetConfig, MixItem
     from sam2fast.data.formats import open_dataset
     from sam2fast.data.loaders import build_loader
@@ -82,6 +111,7 @@ def report_startup(data: Path, workers: int) -> None:
 
     for index in data.rglob("*.members.npz"):
         index.unlink()
+    found = {}
     for name, format_name in (("images", "sa1b"), ("videos", "sav")):
         config = DatasetConfig(format=format_name, root=str(data / name))
         seconds = []
@@ -101,15 +131,24 @@ def report_startup(data: Path, workers: int) -> None:
             f"({index / 1e3:.0f} kB); first batch after {first:.1f} s more",
             flush=True,
         )
+        found[name] = {
+            "open_seconds": f"{seconds[0]:.3f}",
+            "open_seconds_with_index": f"{seconds[1]:.3f}",
+            "first_batch_seconds": f"{first:.2f}",
+        }
+    return found
 
 
-def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int) -> int:
-    """Train whole, and killed and continued; returns the exit code."""
+def report_run(
+    data: Path, temporary: Path, counts: dict[str, int], workers: int
+) -> tuple[dict[str, dict[str, object]], list[str]]:
+    """Train whole, and killed and continued; returns what was seen of each dataset, and what should not be."""
     steps = {name: counts[name] // BATCH[name] for name in counts}
+    every = max(1, sum(steps.values()) // 30)  # the first write takes memory for good: it comes in the first tenth
     records, commands = [], []
     for name in ("whole", "killed"):
         config = temporary / f"{name}.yaml"
-        settings = {"side": SIDE, "workers": workers, "data": data, "output": temporary / name, **BATCH}
+        settings = {"side": SIDE, "workers": workers, "data": data, "output": temporary / name, "every": every, **BATCH}
         config.write_text(CONFIG.format(**settings, image_steps=steps["images"], video_steps=steps["videos"]))
         commands.append([sys.executable, str(RECORDER), "--config", str(config)])
         records.append(temporary / f"{name}.0")  # of the one rank
@@ -117,9 +156,7 @@ def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int
     run(commands[0], records[0])
     print(f"trained in {time.monotonic() - began:.0f} s", flush=True)
     whole = read(records[0])
-    grown = {}
-    for name in counts:
-        grown |= report_memory(name, [line for line in whole if line["stage"] == name])
+    grown = {name: report_memory(name, [line for line in whole if line["stage"] == name]) for name in counts}
     kill = random.SystemRandom().randrange(len(whole) // 10, len(whole) * 9 // 10)
     run(commands[1], records[1], kill)
     run(commands[1], records[1])
@@ -129,35 +166,43 @@ def report_run(data: Path, temporary: Path, counts: dict[str, int], workers: int
         line["ids"] == wanted[line["step"]] for line in killed
     )
     faults = [] if equal else ["the killed run used other samples"]
+    rows = {}
     for name in counts:
         ids = [sample_id for line in whole if line["stage"] == name for sample_id in line["ids"]]
         epoch = {sample_id.split("@")[0] for sample_id in ids[: counts[name]]}
         print(f"{name}: {len(epoch)} of {counts[name]} in the epoch")
-        if len(epoch) < len(ids):
+        if len(epoch) < counts[name]:
             faults.append(f"{name}: an epoch of {len(ids)} samples showed {len(epoch)} of {counts[name]}")
+        for label, most in MOST_GROWTH.items():
+            if grown[name][label] > most:
+                faults.append(f"{name}: memory of the {label} grew by {grown[name][label]:.0f} MiB, more than {most}")
+        rows[name] = {
+            "name": name,
+            "count": counts[name],
+            **{f"growth_mib_{label.split()[-1]}": f"{growth:.1f}" for label, growth in grown[name].items()},
+            "epoch_complete": len(epoch) == counts[name],
+            "same_samples": equal,
+        }
     print(f"killed at step {kill}: {'the same' if equal else 'OTHER'} samples in {len(whole)} steps")
-    faults += [f"{name} grew by {growth:.0f} MiB" for name, growth in grown.items() if growth > MOST_GROWTH]
-    for fault in faults:
-        print(f"FAULT: {fault}")
-    return 1 if faults else 0
+    return rows, faults
 
 
 def report_memory(name: str, lines: list[dict]) -> dict[str, float]:
-    """Print memory by tenths of an epoch; returns its growth in MiB from the second tenth on, by kind of process."""
+    """Print memory by tenths of an epoch; returns the MiB that it grew from the second on, of each of `MOST_GROWTH`."""
     import numpy as np
 
-    parts = np.array_split(np.arange(len(lines)), 10)
+    parts = np.array_split(np.arange(len(lines)), TENTHS)
     trainer = [max(lines[index]["trainer"] for index in part) / 2**20 for part in parts]
     workers = [max((max(lines[index]["workers"], default=0)) for index in part) / 2**20 for part in parts]
     grown = {}
-    for label, values in (("trainer", trainer), ("largest worker", workers)):
+    for label, values in zip(MOST_GROWTH, (trainer, workers), strict=True):
         growth = max(values[2:]) - values[1]
         listed = " ".join(f"{value:.0f}" for value in values)
         print(
             f"{name}, memory of the {label} by tenths of the epoch, MiB: {listed}; from the second on {growth:+.1f}",
             flush=True,
         )
-        grown[f"{name}: memory of the {label}"] = growth
+        grown[label] = growth
     return grown
 
 

@@ -10,7 +10,7 @@ and `copy` to new shared memory, as a worker hands a batch to the trainer. `full
 all but `copy`. It includes drawing the plan for `opencv`, which decodes the first frame's masks for it, but not for
 `pil`.
 
-The check compares both with plans rendered by float32 sampling at twice the density.
+The check compares all with plans rendered by float32 sampling at twice the density.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from sam2fast.config import AugmentConfig, MixItem
 from sam2fast.data.augment import FILL, color_matrix
 from sam2fast.data.dali import PACKAGE, DaliDecoder, is_installed
 from sam2fast.data.dali_plan import EncodedBatch, assemble
-from sam2fast.data.files import decode_image, read_bytes
-from sam2fast.data.masks import FrameMasks
+from sam2fast.data.files import decode_image, decode_labels, read_bytes
+from sam2fast.data.masks import FrameMasks, label_masks
 from sam2fast.data.render import SamplePlan, render
 from sam2fast.data.sample import VideoRecord, collate
 from sam2fast.data.sampling import ClipDataset
@@ -126,7 +126,8 @@ class OpenCV(Pipeline):
             state["images"] = [decode_image(data, path) for data, path in zip(state["data"], frames, strict=False)]
 
         def decode_masks() -> None:
-            state["masks"] = [plan.record.masks(frame) for frame in plan.frames]
+            labels = [decode_labels(data, path) for data, path in zip(state["data"][len(frames) :], masks, strict=True)]
+            state["masks"] = [label_masks(each, plan.record.size) for each in labels]
 
         def augment() -> None:
             record = Decoded(plan.record, plan.frames, state["images"], state["masks"])

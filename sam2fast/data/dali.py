@@ -11,6 +11,7 @@ So samples and order are those of the OpenCV back end, and DALI keeps no state: 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ..config import ConfigError, DataConfig
+from ..config import ConfigError, DataConfig, UserError
 from .augment import FILL, GRAY
 from .dali_plan import EncodedBatch, EncodedSample, Kind, encode
 from .files import decode_image
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 PACKAGE = "nvidia-dali-cuda130"
+_OF_MEMORY = re.compile(r"out of memory|bad_alloc|allocat(e|ion)", re.IGNORECASE)
+_OF_DECODING = re.compile(r"decoders\.|\bdecod(e|er|ing)\b|nvjpeg|nvdec", re.IGNORECASE)
 
 
 def choose_backend(backend: Literal["auto", "opencv", "dali"], device: torch.device) -> Literal["opencv", "dali"]:
@@ -88,6 +91,7 @@ class DaliDecoder:
 
         Raises:
             DataError: from the iterator: that of `batches`, or a frame that DALI cannot decode.
+            UserError: memory ran out.
         """
         graphs: dict[tuple[Kind, bool], _Graph] = {}
         running: deque[EncodedBatch] = deque()
@@ -132,19 +136,19 @@ class _Graph:
             threads=decoder.threads,
         )
         self._pipeline.build()
-        self._failed = False
+        self._error: Exception | None = None
 
     def start(self, encoded: EncodedBatch) -> None:
         """Begin to work on a batch."""
-        if self._failed:
+        if self._error is not None:
             return
         try:
             self._pipeline.feed_input("data", encoded.arrays())
             for name, values in encoded.parameters.items():
                 self._pipeline.feed_input(name, list(values))
             self._pipeline.schedule_run()
-        except RuntimeError:  # of a batch that was started before: `result` says of which
-            self._failed = True
+        except (RuntimeError, MemoryError) as error:  # perhaps of a batch that was started before; `result` says it
+            self._error = error
 
     def result(self, encoded: EncodedBatch) -> torch.Tensor:
         """uint8 [B, T, 3, S, S] of the batch that was started first of those not taken yet."""
@@ -153,8 +157,8 @@ class _Graph:
             (frames,) = self._pipeline.share_outputs(stream)  # memory is given back in the order of that stream
             tensor = torch.from_dlpack(frames.as_tensor())
             self._pipeline.release_outputs()
-        except RuntimeError as error:
-            raise _undecodable(encoded, error) from None
+        except (RuntimeError, MemoryError) as error:
+            raise _failure(encoded, self._error or error) from None
         return tensor.reshape(*self._shapes, *tensor.shape[2:])
 
 
@@ -246,21 +250,27 @@ def _input(name: str, dtype: Any, dimensions: int, layout: str | None = None) ->
     return fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout)
 
 
-def _undecodable(encoded: EncodedBatch, error: RuntimeError) -> DataError:
-    """Names the sample: an image that OpenCV cannot decode either, else all of the batch."""
-    ids = encoded.batch.sample_ids
+def _failure(encoded: EncodedBatch, error: Exception) -> Exception:
+    """What to raise of an error of DALI. A frame is blamed where decoding failed: an image that OpenCV cannot decode
+    either, else all of the batch."""
+    ids, text = encoded.batch.sample_ids, str(error)
+    lines = [line for line in text.splitlines() if "ailed" in line or "rror" in line] or [text]
+    reason = lines[-1].strip() or type(error).__name__
+    if isinstance(error, MemoryError) or _OF_MEMORY.search(text):
+        return UserError(
+            f"DALI ran out of memory on {', '.join(ids)}: {reason}; lower data.dali_prefetch or `batch_size`, or set "
+            "data.backend=opencv"
+        )
+    if encoded.kind == "frames" or not _OF_DECODING.search(text):
+        error.add_note(f"while DALI worked on {', '.join(ids)}")
+        return error
     if encoded.kind == "image":
         for number, data in enumerate(encoded.arrays()):
             try:
                 decode_image(data.tobytes(), f"a frame of sample {ids[number // encoded.batch.num_frames]}")
             except DataError as found:
                 return found
-    text = str(error)
-    lines = [line for line in text.splitlines() if "ailed" in line or "rror" in line] or [text]
-    if "out of memory" in text.lower() or "bad_alloc" in text:
-        remedy = "lower data.dali_prefetch or batch_size, or set data.backend=opencv"
-    elif "decod" in text.lower():
-        remedy = "restore the file from the source, name it in the dataset's `exclude`, or set data.backend=opencv"
-    else:
-        remedy = "set data.backend=opencv"
-    return DataError(f"DALI cannot work on {', '.join(ids)}: {lines[-1].strip()}; {remedy}")
+    return DataError(
+        f"DALI cannot decode a frame of {', '.join(ids)}: {reason}; restore the file from the source, name it in the "
+        "dataset's `exclude`, or set data.backend=opencv"
+    )

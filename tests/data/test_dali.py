@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from sam2fast.config import AugmentConfig, ConfigError, DataConfig, DatasetConfig, MixItem, OcclusionConfig
+from sam2fast.config import AugmentConfig, ConfigError, DataConfig, DatasetConfig, MixItem, OcclusionConfig, UserError
 from sam2fast.data import dali
 from sam2fast.data.dali import DaliDecoder, build_decoder, build_pipeline, choose_backend
 from sam2fast.data.dali_plan import assemble, encode
@@ -142,6 +142,32 @@ def test_image_that_dali_cannot_decode_ends_the_batches_before_it_first(syntheti
         for batch in DaliDecoder(CPU).decode(batches()):
             taken += batch.sample_ids
     assert taken == ids[:4]
+
+
+@needs_dali
+def test_only_decoding_blames_a_file(synthetic, monkeypatch):
+    from nvidia.dali import Pipeline
+
+    dataset = clips(synthetic / "sa1b", IMAGES, AugmentConfig(), 32)
+    batches = [assemble([dataset.draw(k, functools.partial(encode, hardware_video=False))]) for k in range(3)]
+    batches[1].parameters["sigma"] = np.zeros((1, 3, 3), np.float32)
+    taken = []
+
+    def endless():
+        yield from itertools.chain(batches, itertools.repeat(batches[0]))
+
+    with pytest.raises(RuntimeError, match=rf"(?s)dimensions.*while DALI worked on {dataset[1].sample_id}$"):
+        for batch in DaliDecoder(CPU).decode(endless()):
+            taken += batch.sample_ids
+    assert taken == [dataset[0].sample_id]
+
+    def fails(*_):
+        raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")
+
+    monkeypatch.setattr(Pipeline, "share_outputs", fails)
+    with pytest.raises(UserError, match=r"DALI ran out of memory .*data\.dali_prefetch") as error:
+        next(DaliDecoder(CPU).decode(endless()))
+    assert not isinstance(error.value, DataError)
 
 
 @needs_dali
