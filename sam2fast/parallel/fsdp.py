@@ -8,11 +8,12 @@ a frame or more, is one unit: gathered before the first micro-step of an optimiz
 from __future__ import annotations
 
 import gc
-import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -265,19 +266,28 @@ def _mesh(config: EngineConfig, ranks: Ranks) -> DeviceMesh:
     if size is None:
         return _build_mesh(dist.group.WORLD, ranks.device.type, (world,))
     if size == "node":
-        sizes = ranks.gather(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
-        if len(set(sizes)) > 1:
-            raise ConfigError(
-                f"engine.shard_size=node needs as many ranks on every node, and nodes have {sorted(set(sizes))}; "
-                "start as many everywhere, or set engine.shard_size to a number of ranks"
-            )
-        size = sizes[0]
+        size = ranks_of_a_node(ranks.gather(socket.gethostname()))
     if world % size:
         raise ConfigError(
             f"engine.shard_size is {size}, which does not divide the {world} ranks of this run; choose one of "
             f"{[n for n in range(1, world + 1) if world % n == 0]}"
         )
     return _build_mesh(dist.group.WORLD, ranks.device.type, (world // size, size))
+
+
+def ranks_of_a_node(hosts: list[str]) -> int:
+    """How many neighboring ranks share a host, of the host of each rank.
+
+    Raises:
+        ConfigError: not as many everywhere, or they are not neighbors.
+    """
+    runs = [len(list(group)) for _, group in groupby(hosts)]
+    if len(runs) > len(set(hosts)) or len(set(runs)) > 1:
+        raise ConfigError(
+            f"engine.shard_size=node needs as many ranks on every node, with neighboring numbers; nodes have {runs}: "
+            "start as many everywhere, or set engine.shard_size to a number of ranks"
+        )
+    return runs[0]
 
 
 @cache

@@ -167,10 +167,17 @@ def connect(timeout: timedelta, serve: bool = False) -> dist.Store:
         serve: keep the store in this process, unless the launcher does (torchrun).
 
     Raises:
-        UserError: nobody answers there.
+        UserError: nobody answers there, or a restart would not find it.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serve = serve and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # and then it lives through restarts
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_agent else "0"
+    if of_agent and _restarts_on_several_nodes():
+        raise UserError(
+            "torchrun counts restarts on each node by itself, so that after one the ranks would look for each other in "
+            "different places: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, or leave --max-restarts at 0"
+        )
+    serve = serve and not of_agent
     try:
         store = dist.TCPStore(
             address, port, is_master=serve, timeout=timeout, wait_for_workers=False, multi_tenant=True
@@ -181,7 +188,12 @@ def connect(timeout: timedelta, serve: bool = False) -> dist.Store:
             f"the meeting point of the ranks, MASTER_ADDR:MASTER_PORT={address}:{port}, {what} "
             f"({str(error).splitlines()[0]}); rank 0 must be running on that machine and its port be free and reachable"
         ) from None
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def _restarts_on_several_nodes() -> bool:
+    nodes, restarts = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    return nodes > 1 and restarts > 0
 
 
 def teardown() -> None:

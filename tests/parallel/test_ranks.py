@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from sam2fast import recipe
-from sam2fast.config import Config, DatasetConfig, UserError
+from sam2fast.config import Config, ConfigError, DatasetConfig, UserError
 from sam2fast.data.formats import sa1b
 from sam2fast.data.synthetic import write_dataset
 from sam2fast.parallel import Ranks, mesh
+from sam2fast.parallel.fsdp import ranks_of_a_node
 
 
 class ThreadRanks(Ranks):
@@ -116,3 +118,24 @@ def test_ranks_render_with_the_same_back_end(
     )
     assert [decoder is not None for decoder in decoders] == [chosen == "dali"] * 2
     assert ("takes opencv on all ranks, because rank 1 has no DALI" in capsys.readouterr().out) == (chosen == "opencv")
+
+
+def test_ranks_of_a_node_are_counted_by_host() -> None:
+    assert ranks_of_a_node(["a", "a", "b", "b"]) == 2 and ranks_of_a_node(["a"] * 3) == 3
+    for hosts in (["a", "a", "b"], ["a", "b", "a", "b"]):
+        with pytest.raises(ConfigError, match="as many ranks on every node, with neighboring numbers"):
+            ranks_of_a_node(hosts)
+
+
+def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (values | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(mesh.free_port())}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        mesh.connect(timedelta(seconds=5))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of this node alone
+    mine = mesh.connect(timedelta(seconds=5), serve=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    mine.set("key", "value")
+    assert mesh.connect(timedelta(seconds=5)).get("key") == b"value"
