@@ -123,6 +123,17 @@ def test_annotations_that_end_early_are_a_warning(data, tmp_path):
     assert code == 0 and "has 33 frames and is annotated up to frame 12" in found[name] and len(found) == 1
 
 
+def test_damage_that_decoding_hides_is_a_warning(data, tmp_path):
+    path = sorted((data / "video_folder").rglob("*.jpg"))[0]
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = b"\xff\x00" * 20
+    path.write_bytes(content)
+    code, report = check(data / "video_folder", tmp_path / "out")
+    found = reasons(report, warnings=True)
+    assert code == 0 and re.search("decoded with damage: .*, frame 0: .*JPEG", found[path.parent.name])
+
+
 @pytest.mark.parametrize("lost", ["Annotations", "JPEGImages"])
 def test_half_of_a_video_folder(data, tmp_path, capsys, lost):
     shutil.rmtree(data / "video_folder" / lost)

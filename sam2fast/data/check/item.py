@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ..defects import SIZES, Collected, Defect, collecting, tolerated
@@ -90,11 +95,33 @@ def _inspect_frames(record: VideoRecord, report: ItemReport, notes: Collected) -
         report.frame_rate = getattr(record, "frame_rate", 0.0)
     known = len(notes.defects)
     for frame in range(report.num_frames):
-        with tolerated():
+        with _library_messages() as said, tolerated():
             record.frames([frame])
+        for line in said:
+            if "JPEG" in line:  # of libjpeg, which goes on with gray or shifted blocks
+                notes.warning("images that are decoded with damage", f"{record.name}, frame {frame}: {line}")
         if len(notes.defects) - known >= _MOST_BROKEN_FRAMES:
             notes.warning("not checked to the end", f"{record.name}: frames after {frame}, because so many are broken")
             break
+
+
+@contextmanager
+def _library_messages() -> Iterator[list[str]]:
+    """What libraries write to the error stream of this process inside the block, by lines, once it is over."""
+    said: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield said
+            finally:
+                os.dup2(before, 2)
+            file.seek(0)
+            said += file.read().decode(errors="replace").splitlines()
+    finally:
+        os.close(before)
 
 
 def _inspect_masks(record: VideoRecord, report: ItemReport, notes: Collected) -> None:
