@@ -10,7 +10,7 @@ import torch
 
 _NAME_BYTES = 240
 _IDLE = -1
-_ENDING = 5.0
+_ENDING = 10.0
 """Seconds that a process may take to be gone after its connections are."""
 
 

@@ -153,7 +153,6 @@ def test_a_killed_worker_is_one_error(dataset):
 )
 def test_a_worker_is_dead_only_where_it_is(dataset, monkeypatch, error):
     """What torch raises where a connection breaks, or the thread that pins memory ends at that."""
-    monkeypatch.setattr(in_flight, "_ENDING", 0.2)
     loaders = [build_loader(dataset, 2, workers=1) for _ in range(2)]
     for loader in loaders:
         next(loader)
@@ -162,10 +161,12 @@ def test_a_worker_is_dead_only_where_it_is(dataset, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", broken)
+    monkeypatch.setattr(in_flight, "_ENDING", 0.2)
     with pytest.raises(type(error), match=re.escape(str(error))) as raised:
         next(loaders[0])
     assert raised.type is type(error)
     loaders[0].close()
+    monkeypatch.setattr(in_flight, "_ENDING", 30.0)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a data loading process died between two samples \(.*(Pin|Input)"):
