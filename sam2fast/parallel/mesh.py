@@ -167,15 +167,19 @@ def connect(timeout: timedelta, serve: bool = False) -> dist.Store:
         serve: keep the store in this process, unless the launcher does (torchrun).
 
     Raises:
-        UserError: nobody answers there, or a restart would not find it.
+        UserError: nobody answers there; or, on rank 0 and with SystemExit on the others, ranks would not find each
+            other after a restart.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # and then it lives through restarts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_agent else "0"
     if of_agent and _restarts_on_several_nodes():
+        if int(os.environ.get("RANK", 0)):
+            raise SystemExit(2)  # rank 0 says why
         raise UserError(
             "torchrun counts restarts on each node by itself, so that after one the ranks would look for each other in "
-            "different places: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, or leave --max-restarts at 0"
+            "different places: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes and start torchrun with "
+            "--rdzv-backend=c10d (others ignore the variable), or leave --max-restarts at 0"
         )
     serve = serve and not of_agent
     try:

@@ -133,6 +133,9 @@ def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch: pytest
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         mesh.connect(timedelta(seconds=5))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        mesh.connect(timedelta(seconds=5))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of this node alone
     mine = mesh.connect(timedelta(seconds=5), serve=True)

@@ -16,30 +16,50 @@ from sam2fast.config_file import load_config
 SCRIPTS = sorted((REPOSITORY / "configs" / "cluster").glob("*.sbatch"))
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> "$CALLS/scontrol"; fi',
-    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+    # Two tasks; the first that ends with another code than 0 has the other killed, and the largest code is srun's.
+    "srun": """end_all=
+while [ "${1#-}" != "$1" ]; do [ "$1" = --kill-on-bad-exit=1 ] && end_all=1; shift; done
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=$task "$@" & done
+largest=0
+for _ in 0 1; do
+    wait -n; code=$?
+    [ "$code" -gt "$largest" ] && largest=$code
+    [ "$code" -ne 0 ] && [ -n "$end_all" ] && kill -9 $(jobs -p) 2>/dev/null
+    touch "$CALLS/one_has_ended"
+done 2>/dev/null
+exit $largest""",
 }
-LAUNCHER = """printf '%s\\n' "$@" > "$CALLS/launcher"
-[ -n "$STOP" ] && [ -n "$SAM2FAST_REQUEUE_FILE" ] && touch "$SAM2FAST_REQUEUE_FILE" && exit 0
-[ -n "$STOP" ] && exit 75
-exit 0"""
+# Of two ranks, or launchers, the second takes longer to end.
+LAUNCHER = """printf '%s\\n' "$@" > "$CALLS/launcher.$SLURM_PROCID"
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE" > "$CALLS/variables.$SLURM_PROCID"
+code=0
+if [ -n "$STOP" ]; then
+    if [ -z "$SAM2FAST_REQUEUE_FILE" ]; then code=75
+    elif [ "$SLURM_PROCID" = 0 ]; then touch "$SAM2FAST_REQUEUE_FILE"; fi
+fi
+if [ "$SLURM_PROCID" = 1 ]; then while [ ! -e "$CALLS/one_has_ended" ]; do sleep 0.02; done; fi
+touch "$CALLS/ended.$SLURM_PROCID"
+exit $code"""
 
 
 def submit(script: Path, folder: Path, stop: bool) -> tuple[int, list[str], str]:
-    """Run a script: its exit code, the arguments of the launcher (or of python), and what scontrol was asked."""
+    """Run a script: its exit code, the arguments of the second launcher (or python), and what scontrol was asked."""
     tools = folder / "bin"
     tools.mkdir()
     for name, body in (STAND_INS | dict.fromkeys(("torchrun", "deepspeed", "python"), LAUNCHER)).items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
-    job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16"}
+    job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}
     env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(folder), "STOP": "1" if stop else "", **job}
     arguments = ["configs/finetune.yaml", "model.checkpoint=x.pt", "data.root=/data"]
     done = subprocess.run(["bash", str(script), *arguments], cwd=folder, env=env, capture_output=True, text=True)
     asked = folder / "scontrol"
     leftover = [path.name for path in folder.iterdir() if path.name.startswith(".")]
     assert not leftover and not done.stderr, (leftover, done.stderr)
-    return done.returncode, (folder / "launcher").read_text().splitlines(), asked.read_text() if asked.exists() else ""
+    assert all((folder / f"ended.{task}").exists() for task in range(2)), "killed while it ended"
+    arguments = (folder / "launcher.1").read_text().splitlines()
+    return done.returncode, arguments, asked.read_text() if asked.exists() else ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -63,6 +83,7 @@ def test_its_command_is_accepted(script: Path, tmp_path: Path) -> None:
         program, rest = parsed.user_script, parsed.user_args
     elif script.stem == "srun":
         program, *rest = arguments
+        assert (tmp_path / "variables.1").read_text() == "1 1 16 8\n"
     else:
         from torch.distributed.run import get_args_parser
 
