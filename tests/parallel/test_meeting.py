@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("meeting_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ranks_of_two_torchruns_meet_again_after_a_restart(tmp_path: Path) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
     env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
