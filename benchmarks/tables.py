@@ -16,17 +16,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scaling.engines import NAMES
+
 FOLDER = Path(__file__).resolve().parent
 PAGES = tuple(FOLDER.parent / "docs" / name for name in ("performance.md", "scaling.md"))
-ENGINES = {
-    "torch": "torch",
-    "zero0": "ZeRO 0",
-    "zero1": "ZeRO 1",
-    "zero2": "ZeRO 2",
-    "zero3": "ZeRO 3",
-    "fsdp": "FSDP, full",
-    "hybrid": "FSDP, hybrid",
-}
 SIZES = {"tiny": "T", "base_plus": "B+", "large": "L"}
 BATCHES = {"video": "8 frames x 3 objects", "points": "the same, clicked", "image": "image, 64 masks"}
 POLICIES = {
@@ -143,7 +136,7 @@ def collectives(size: str) -> list[str]:
         "| engine | collective | while | group | dtype | number | MB of buffers | MB sent | least | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for engine, name in ENGINES.items():
+    for engine, name in NAMES.items():
         for row in (row for row in rows if row["engine"] == engine and int(row["bytes"]) >= 1e6):
             whole = row["kind"] == "all"
             group = f"{row['ranks']}" + (f", every {row['stride']}th" if row["stride"] not in ("", "1") else "")
@@ -162,7 +155,7 @@ def predicted(size: str) -> list[str]:
     counts = [count for count in (1, 8, 64, 256) if any(key[2] == count for key in known)]
     lines = ["| engine | " + " | ".join(f"{count} GPUs" for count in counts) + " | objects vary | GB |"]
     lines.append("|---" * (len(counts) + 3) + "|")
-    for engine, name in ENGINES.items():
+    for engine, name in NAMES.items():
         own = {count: known[engine, "equal", count] for count in counts if (engine, "equal", count) in known}
         if not own:
             continue
@@ -184,7 +177,7 @@ def cpu_ranks() -> list[str]:
     ]
     for row in _read("scaling_checked.csv"):
         cells = [f"{float(row[key]):.0f}" for key in ("ms_one_rank", "ms_measured", "ms_predicted", "ms_communication")]
-        lines.append(f"| {ENGINES[row['engine']]} | " + " | ".join(cells) + f" | {100 * float(row['error']):+.0f} % |")
+        lines.append(f"| {NAMES[row['engine']]} | " + " | ".join(cells) + f" | {100 * float(row['error']):+.0f} % |")
     return lines
 
 
@@ -199,7 +192,7 @@ def scaling(mode: str) -> list[str]:
         cells = [row["ranks"], f"{float(row['ms']):.0f}", f"{float(row['ms_p95']):.0f}"]
         cells += [f"{100 * float(row['variation']):.0f} %", f"{float(row['frame_objects_per_s']):.2f}"]
         cells += [f"{float(row['efficiency']):.2f}", f"{float(row['peak_mb']):.0f}"]
-        lines.append(f"| {ENGINES[row['engine']]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {NAMES[row['engine']]} | " + " | ".join(cells) + " |")
     return lines
 
 

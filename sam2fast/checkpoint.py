@@ -14,20 +14,18 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import __version__
 from .checkpoint_files import SaveError, find_damage, list_files, partial_folder, publish, put_back, saving
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
 from .parallel import BackgroundRanks, Engine, EngineState, Ranks
 from .parallel.state import trained_parameters
 from .run_state import EntryState, ResumeError, RunState
+from .versions import versions
 
 
 class CheckpointStore:
@@ -64,7 +62,7 @@ class CheckpointStore:
             "trained": list(trained_parameters(engine.module)),
             "layout": engine.layout,
             "config": self.config.model_dump(mode="json"),
-            "versions": {"sam2fast": __version__, "torch": torch.__version__, "deepspeed": _version("deepspeed")},
+            "versions": versions(),
         }
         if self.asynchronous:
             copies = self._staging.copy(held.tensors())
@@ -206,7 +204,8 @@ class CheckpointStore:
 
     def _load(self, engine: Engine, path: Path, scaler: dict[str, Any]) -> None:
         with _readable(path):
-            tensors = read_tensors(engine.state().tensors(), path, self._writers.group)
+            like = engine.state().tensors() if engine.state_is_sharded else {}  # which gathers what other ranks hold
+            tensors = read_tensors(like, path, self._writers.group)
         engine.load_state(EngineState.from_tensors(tensors, scaler))
 
 
@@ -244,12 +243,9 @@ def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
         raise ResumeError(f"{path} is damaged ({damage}); take another checkpoint of the run")
     if _header(path).get("format") != FORMAT:
         raise _other_version(path)
-    kinds = ("weights", "averages") if averaged else ("weights",)
-    keys = {kind: [key for key in stored_shapes(path) if key.startswith(f"{kind}/")] for kind in kinds}
-    weights: dict[str, Tensor] = {}
-    for kind, own in keys.items():
-        weights |= {key.removeprefix(f"{kind}/"): value for key, value in read_alone(own, path).items()}
-    return weights
+    stored, kinds = stored_shapes(path), ("weights", "averages") if averaged else ("weights",)
+    keys = [key for kind in kinds for key in stored if key.startswith(f"{kind}/")]  # averages replace weights
+    return {key.partition("/")[2]: value for key, value in read_alone(keys, path).items()}
 
 
 def has_averages(path: Path) -> bool:
@@ -263,7 +259,7 @@ def _all_failures(final: Path) -> Iterator[None]:
     try:
         with saving(_name(final), final):
             yield
-    except (UserError, SystemExit):
+    except UserError:
         raise
     except Exception as error:
         raise SaveError(f"cannot save {_name(final)} to {final}: {type(error).__name__}: {error}") from error
@@ -339,13 +335,6 @@ def _unreadable(path: Path, error: Exception) -> ResumeError:
 
 def _name(final: Path) -> str:
     return f"the checkpoint of step {_step(final)}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _step(path: Path) -> int:

@@ -304,17 +304,10 @@ def _of_runtime(error: RuntimeError | MemoryError, say: Callable[[str], None]) -
 
 def _facts(config: Config) -> dict[str, object]:
     """What must be equal on all ranks: settings and the versions of what computes."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from . import __version__
     from .config_file import flatten
+    from .versions import versions
 
-    facts: dict[str, object] = {"version of sam2fast": __version__}
-    for name in ("torch", "deepspeed"):
-        try:
-            facts[f"version of {name}"] = version(name)
-        except PackageNotFoundError:
-            facts[f"version of {name}"] = "not installed"
+    facts: dict[str, object] = {f"version of {name}": found or "not installed" for name, found in versions().items()}
     return facts | flatten(config.model_dump(mode="json"))
 
 

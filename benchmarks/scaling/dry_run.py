@@ -25,6 +25,7 @@ from harness.command import OneLineParser  # noqa: E402  (harness first: it make
 
 from scaling import program, tables  # noqa: E402
 from scaling.collectives import totals  # noqa: E402
+from scaling.engines import SETTINGS  # noqa: E402
 from scaling.network import sent  # noqa: E402
 
 LEAST = {
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="dry_run.py", description=__doc__.splitlines()[0])
     sizes = ("micro", "tiny", "small", "base_plus", "large")
     parser.add_argument("--size", nargs="+", choices=sizes, default=["base_plus"], help="of the model")
-    parser.add_argument("--engine", nargs="+", choices=program.ENGINES, default=list(program.ENGINES))
+    parser.add_argument("--engine", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[256], help="numbers of ranks, 8 on a node")
     parser.add_argument("--frames", type=int, default=2, help="of the clip")
     parser.add_argument("--no-save", action="store_true", help="leave results/ alone")

@@ -36,13 +36,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 
 from scaling import tables  # noqa: E402
+from scaling.engines import SETTINGS  # noqa: E402
 
-ENGINES = {
-    "torch": ["engine.kind=torch"],
-    **{f"zero{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)},
-    "fsdp": ["engine.kind=fsdp"],
-    "hybrid": ["engine.kind=fsdp", "engine.shard_size=node"],
-}
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -77,7 +72,7 @@ class MeasureError(RuntimeError):
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="measure.py", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", nargs="+", type=_positive, default=[1, 2], help="numbers of ranks")
-    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engine", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--mode", nargs="+", choices=("weak", "strong"), default=["weak"])
     parser.add_argument("--size", default="micro", help="model.size")
     parser.add_argument("--side", type=_positive, default=128, help="of the images, in pixels; a multiple of 32")
@@ -155,7 +150,8 @@ def _measure(args: argparse.Namespace, folder: Path, mode: str, engine: str, ran
         (run / "config.yaml").write_text(json.dumps(_config(args, run, batch)))  # JSON is YAML
         default = f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
         command = shlex.split((args.launcher or default).format(ranks=ranks))
-        command += [str(WORKER), "--config", str(run / "config.yaml"), *ENGINES[engine], *args.overrides]
+        command += [str(WORKER), "--config", str(run / "config.yaml")]
+        command += [*(f"engine.{name}={value}" for name, value in SETTINGS[engine].items()), *args.overrides]
         environment = os.environ | {"RECORD": str(run / "record"), "OMP_NUM_THREADS": str(args.threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

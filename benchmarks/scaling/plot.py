@@ -16,19 +16,11 @@ import harness  # noqa: E402, F401  (makes both packages importable)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from scaling import compute, tables  # noqa: E402
+from scaling import compute, engines, tables  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "scaling.png"
 SIZES = {"base_plus": "B+", "large": "L"}
-NAMES = {
-    "torch": "torch (DDP)",
-    "zero0": "ZeRO 0",
-    "zero1": "ZeRO 1",
-    "zero2": "ZeRO 2",
-    "zero3": "ZeRO 3",
-    "fsdp": "FSDP, full",
-    "hybrid": "FSDP, hybrid",
-}
+NAMES = engines.NAMES | {"torch": "torch (DDP)"}
 COLORS = dict(
     zip(NAMES, ("black", "tab:blue", "tab:cyan", "tab:green", "tab:red", "tab:orange", "tab:purple"), strict=True)
 )

@@ -29,17 +29,8 @@ from sam2fast.optim import build_groups
 from sam2fast.parallel import Engine, Ranks, build_engine
 
 from .collectives import Collective, CollectiveRecorder
+from .engines import SETTINGS
 
-ENGINES: dict[str, dict] = {
-    "torch": {"kind": "torch"},
-    "zero0": {"kind": "deepspeed", "zero_stage": 0},
-    "zero1": {"kind": "deepspeed", "zero_stage": 1},
-    "zero2": {"kind": "deepspeed", "zero_stage": 2},
-    "zero3": {"kind": "deepspeed", "zero_stage": 3},
-    "fsdp": {"kind": "fsdp"},
-    "hybrid": {"kind": "fsdp", "shard_size": "node"},
-}
-"""The settings of `engine` in a config, by the name that tables use."""
 GPUS_OF_NODE = 8
 LEARNING = {"torch": 1, "zero3": 1}
 """Steps before the one that is recorded, in which an engine learns which parameters are reached, or in which order."""
@@ -87,7 +78,7 @@ def _build(engine: str, model: SAM2, ranks: Ranks) -> Engine:
     model.to = lambda *_, **__: model  # DeepSpeed moves it to the device where it is; fake weights cannot be exchanged
     optim = OptimConfig()
     groups = build_groups(model, optim)
-    settings = EngineConfig(**ENGINES[engine])
+    settings = EngineConfig(**SETTINGS[engine])
     if settings.shard_size == "node":  # every rank would be asked how many its node has
         settings = settings.model_copy(update={"shard_size": min(GPUS_OF_NODE, ranks.world_size)})
     return build_engine(settings, optim, ranks, model, groups, "bfloat16", 1, lambda: model)
@@ -148,7 +139,7 @@ def _fakes_allowed(engine: str) -> Iterator[None]:
             from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
             stack.enter_context(mock.patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None))
-        if ENGINES[engine]["kind"] == "fsdp":
+        if SETTINGS[engine]["kind"] == "fsdp":
             from torch.distributed.fsdp._fully_shard import _fsdp_param
 
             from sam2fast.parallel import fsdp

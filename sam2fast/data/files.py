@@ -128,6 +128,11 @@ def digest(data: bytes | np.ndarray) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def digest_of_names(rows: Iterable[bytes]) -> str:
+    """Of rows whose fields are separated by zero bytes, the name first."""
+    return digest(b"\0".join(row.partition(b"\0")[0] for row in rows))
+
+
 class Packed:
     """Read-only sequence of byte strings in two tensors.
 

@@ -117,7 +117,6 @@ class GradientBuckets:
             param.grad = None
 
     def _lay_out(self) -> None:
-        self._home: dict[int, _Bucket] = {}
         self.buckets: list[_Bucket] = []
         for param in self.params:
             param.grad = None  # the last that holds the old buckets

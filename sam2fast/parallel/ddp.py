@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,10 @@ from .engine import (
 )
 from .mesh import Ranks
 from .place import HERE
-from .state import EngineState, load_unsharded_moments, owned_names, trained_parameters, unsharded_moments
+from .state import EngineState, WholeState, load_unsharded_moments, trained_parameters, unsharded_moments
 
 
-class TorchEngine:
+class TorchEngine(WholeState):
     """Whole weights on every rank; gradients are averaged in the backward pass of the last micro-step, see
     `GradientBuckets`."""
 
@@ -92,9 +92,7 @@ class TorchEngine:
         return result
 
     def state(self) -> EngineState:
-        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
-        weights = {name: value for name, value in self.module.state_dict().items() if name in own}
-        trained = {name: param for name, param in trained_parameters(self.module).items() if name in own}
+        weights, trained = self.shared(self.module.state_dict()), self.shared(trained_parameters(self.module))
         scaler = {}
         if self.scaler.is_enabled():
             values = self.scaler.state_dict()
@@ -107,16 +105,6 @@ class TorchEngine:
         if self.scaler.is_enabled() and state.scaler:
             values = {"scale": state.scaler["scale"], "_growth_tracker": state.scaler["good_steps"]}
             self.scaler.load_state_dict(self.scaler.state_dict() | values)
-
-    def local_weights(self) -> dict[str, Tensor]:
-        return {name: param.data for name, param in trained_parameters(self.module).items()}
-
-    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
-        return {name: value for name, value in local.items() if name in own}
-
-    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(given)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}

@@ -43,6 +43,9 @@ class Engine(Protocol):
     def step(self, lr_scale: float) -> StepResult:
         """Clip, update with every group's base rate times `lr_scale`, and clear the gradients."""
 
+    state_is_sharded: bool
+    """Whether `state` gives DTensors, and `load_state` wants some like them."""
+
     def state(self) -> EngineState:
         """This rank's share of the state, which may alias that of the engine (called on every rank)."""
 
@@ -95,41 +98,29 @@ def build_engine(
     Raises:
         ConfigError: settings that do not go together.
     """
-    engine = _build(config, optim, ranks, module, groups, precision, accumulate, rebuild)
+    kind = resolve_kind(config)
+    if kind != "deepspeed" and (config.zero_stage is not None or config.deepspeed_config):
+        raise ConfigError(
+            f"engine.kind is {kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+            "set engine.kind=deepspeed"
+        )
+    if kind == "deepspeed":
+        from .zero import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(config, optim, ranks, module, groups, precision, accumulate, rebuild)
+    elif kind == "fsdp":
+        from .fsdp import FSDPEngine
+
+        engine = FSDPEngine(config, optim, ranks, module, groups, precision, rebuild)
+    else:
+        from .ddp import TorchEngine
+
+        engine = TorchEngine(optim, ranks, module, groups, precision, config.reduce_dtype)
     if optim.ema is None:
         return engine
     from .average import AveragingEngine
 
     return AveragingEngine(engine, optim.ema)
-
-
-def _build(
-    config: EngineConfig,
-    optim: OptimConfig,
-    ranks: Ranks,
-    module: nn.Module,
-    groups: list[dict],
-    precision: str,
-    accumulate: int,
-    rebuild: Callable[[], nn.Module],
-) -> Engine:
-    kind = resolve_kind(config)
-    if kind == "deepspeed":
-        from .zero import DeepSpeedEngine
-
-        return DeepSpeedEngine(config, optim, ranks, module, groups, precision, accumulate, rebuild)
-    if config.zero_stage is not None or config.deepspeed_config:
-        raise ConfigError(
-            f"engine.kind is {kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
-            "set engine.kind=deepspeed"
-        )
-    if kind == "fsdp":
-        from .fsdp import FSDPEngine
-
-        return FSDPEngine(config, optim, ranks, module, groups, precision, rebuild)
-    from .ddp import TorchEngine
-
-    return TorchEngine(optim, ranks, module, groups, precision, config.reduce_dtype)
 
 
 def resolve_kind(config: EngineConfig) -> str:
@@ -165,6 +156,13 @@ def set_tf32(allowed: bool, device: torch.device) -> None:
     if device.type == "cuda":  # on a CPU the first is about other formats
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed
+
+
+def whole_copy(engine: Engine, rebuild: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """A module with the whole weights of an engine that shards them: ranks may then run different numbers of frames."""
+    module = rebuild()
+    module.load_state_dict(engine.full_state_dict())
+    return module.to(device)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from .engine import (
     clip_within_update,
     evaluating,
     set_rates,
+    whole_copy,
 )
 from .mesh import Ranks
 from .state import MOMENTS, EngineState
@@ -47,6 +48,8 @@ class FSDPEngine:
     The optimizer works on the shards as plain tensors: its fused update takes the factor of clipping and the flag of a
     step to skip from the device.
     """
+
+    state_is_sharded = True
 
     def __init__(
         self,
@@ -167,9 +170,7 @@ class FSDPEngine:
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        module = self.rebuild()  # a copy with whole weights: ranks may then run different numbers of frames
-        module.load_state_dict(self.full_state_dict())
-        module.to(self.ranks.device)
+        module = whole_copy(self, self.rebuild, self.ranks.device)
         with evaluating(module, self.autocast()):
             yield module
 

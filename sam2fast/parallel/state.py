@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError
+from .mesh import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every element, by its names."""
@@ -74,6 +75,24 @@ def owned_names(module: nn.Module, rank: int, world_size: int) -> set[str]:
         if owner == rank:
             owned.add(name)
     return owned
+
+
+class WholeState:
+    """What engines have in common that give whole tensors, each in the share of one rank."""
+
+    state_is_sharded = False
+    module: nn.Module
+    ranks: Ranks
+
+    def local_weights(self) -> dict[str, Tensor]:
+        return {name: param.data for name, param in trained_parameters(self.module).items()}
+
+    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
+        return {name: value for name, value in local.items() if name in own}
+
+    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(given)
 
 
 def unsharded_moments(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> dict[str, dict]:

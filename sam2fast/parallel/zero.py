@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,10 @@ from .engine import (
     clip_within_update,
     evaluating,
     set_rates,
+    whole_copy,
 )
 from .mesh import Ranks
-from .state import EngineState, owned_names, trained_parameters
+from .state import EngineState, WholeState
 from .zero_state import gather_state, partitions, scatter_state
 
 DEFAULT_STAGE = 1
@@ -45,7 +46,7 @@ OWNED_KEYS = (
 """Entries of a DeepSpeed file that this project sets from its own config, where they can be validated."""
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(WholeState):
     """Weights stay float32 and autocast runs inside the module, as in the torch engine, so that both give the same
     losses."""
 
@@ -153,16 +154,6 @@ class DeepSpeedEngine:
             if self.stage > 0:
                 self.optimizer.override_loss_scale(self.loss_scale.value)
 
-    def local_weights(self) -> dict[str, Tensor]:
-        return {name: param.data for name, param in trained_parameters(self.module).items()}
-
-    def shared(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = owned_names(self.module, self.ranks.rank, self.ranks.world_size)
-        return {name: value for name, value in local.items() if name in own}
-
-    def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(given)
-
     def full_state_dict(self) -> dict[str, Tensor]:
         if self.stage < 3:
             return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
@@ -176,12 +167,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        if self.stage < 3:
-            module = self.module
-        else:  # a copy with whole weights: ranks may then run different numbers of frames
-            module = self.rebuild()
-            module.load_state_dict(self.full_state_dict())
-            module.to(self.ranks.device)
+        module = self.module if self.stage < 3 else whole_copy(self, self.rebuild, self.ranks.device)
         with evaluating(module, self.autocast()):
             yield module
 

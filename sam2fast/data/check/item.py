@@ -95,19 +95,19 @@ def _inspect_frames(record: VideoRecord, report: ItemReport, notes: Collected) -
         report.frame_rate = getattr(record, "frame_rate", 0.0)
     known = len(notes.defects)
     for frame in range(report.num_frames):
-        with _library_messages() as said, tolerated():
+        with _jpeg_messages() as said, tolerated():
             record.frames([frame])
-        for line in said:
-            if "JPEG" in line:  # of libjpeg, which goes on with gray or shifted blocks
-                notes.warning("images that are decoded with damage", f"{record.name}, frame {frame}: {line}")
+        for line in said:  # libjpeg goes on with gray or shifted blocks
+            notes.warning("images that are decoded with damage", f"{record.name}, frame {frame}: {line}")
         if len(notes.defects) - known >= _MOST_BROKEN_FRAMES:
             notes.warning("not checked to the end", f"{record.name}: frames after {frame}, because so many are broken")
             break
 
 
 @contextmanager
-def _library_messages() -> Iterator[list[str]]:
-    """What libraries write to the error stream of this process inside the block, by lines, once it is over."""
+def _jpeg_messages() -> Iterator[list[str]]:
+    """What libjpeg writes to the error stream of this process inside the block, by lines, once it is over. All else
+    goes on to where it should."""
     said: list[str] = []
     sys.stderr.flush()
     before = os.dup(2)
@@ -119,7 +119,11 @@ def _library_messages() -> Iterator[list[str]]:
             finally:
                 os.dup2(before, 2)
             file.seek(0)
-            said += file.read().decode(errors="replace").splitlines()
+            for line in file:
+                if b"JPEG" in line:
+                    said.append(line.decode(errors="replace").rstrip())
+                else:
+                    os.write(before, line)
     finally:
         os.close(before)
 

@@ -19,7 +19,7 @@ from ..files import (
     WarnOnce,
     check_image,
     decode_image,
-    digest,
+    digest_of_names,
     image_size,
     list_files,
     parse_json,
@@ -106,7 +106,7 @@ class CocoDataset:
         return CocoImage(self._names[index].decode(), path, entry, self._json, self._warn)
 
     def names_digest(self) -> str:
-        return digest(b"\0".join(self._names))
+        return digest_of_names(self._names)
 
     def sources(self) -> list[Path]:
         return [self._json]

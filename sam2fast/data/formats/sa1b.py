@@ -33,7 +33,7 @@ from ..files import (
 )
 from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
-from .selection import select, shorten
+from .selection import refuse_twins, select, shorten
 
 _WHOLE_FILE = -1
 _INDEX = "members"
@@ -314,12 +314,7 @@ def _table(contents: Mapping[str, Arrays], json: bool, of_root: int, dataset: st
         places = {(table.spans[each, 0], _folder(table.members[each])) for each in (row, row + 1)}
         if one_side and len(places) > 1:
             twins[table.names[row].decode()] = f"{paths[0]} and {paths[1]} have the same name"
-    if twins:
-        error = DataError(
-            f"dataset {dataset!r}: names must differ between folders, {len(twins)} do not: "
-            f"{next(iter(twins.values()))}; rename the files, or make each folder a dataset of its own"
-        )
-        report(error, "files of the same name in several folders", twins)
+    refuse_twins(twins, dataset)
     return _rows(table, np.flatnonzero(last))
 
 

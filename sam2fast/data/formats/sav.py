@@ -17,11 +17,11 @@ import numpy as np
 
 from ...config import DatasetConfig
 from ..defects import is_collecting, note_warning, report
-from ..files import Packed, WarnOnce, digest, list_files, parse_json, read_bytes
+from ..files import Packed, WarnOnce, digest_of_names, list_files, parse_json, read_bytes
 from ..masks import FrameMasks, annotated_areas, run_length_masks
 from ..sample import DataError
 from ..video import VideoReader
-from .selection import counted, select, shorten
+from .selection import counted, refuse_twins, select, shorten
 
 AUTO_ID_OFFSET = 1000
 """Added to the ids of automatic masklets, which count from 0 as those of the manual ones do."""
@@ -165,7 +165,7 @@ class SavDataset:
         return SavVideo(name, Path(video), [Path(path) for path in jsons], self._warn)
 
     def names_digest(self) -> str:
-        return digest(b"\0".join(row.partition(b"\0")[0] for row in self._videos))
+        return digest_of_names(self._videos)
 
     def sources(self) -> list[Path]:
         return [Path(path) for row in self._videos for path in row.decode().split("\0")[2:]]
@@ -175,9 +175,9 @@ def open_sav(config: DatasetConfig, name: str, seed: int) -> SavDataset:
     """Open a dataset in SA-V layout; see `formats.open_dataset`."""
     root, annotations = Path(config.root), Path(config.annotations or config.root)
     kinds = ("manual", "auto") if config.sav_annotations == "both" else (config.sav_annotations,)
-    wanted = (".mp4", *(f"_{kind}.json" for kind in kinds))
-    found = _paths(root, wanted, name)
-    annotated = _paths(annotations, wanted, name) if annotations != root else found
+    endings = (".mp4", *(f"_{kind}.json" for kind in kinds))
+    found = _paths(root, endings, name)
+    annotated = _paths(annotations, endings, name) if annotations != root else found
     jsons: dict[str, list[str]] = {}
     for kind in kinds:
         ending = f"_{kind}.json"
@@ -221,12 +221,7 @@ def _paths(root: Path, endings: tuple[str, ...], dataset: str) -> dict[str, str]
             path = f"{folder}/{file}"
             if paths.setdefault(file, path) != path:
                 twins[file] = f"{paths[file]} and {path} have the same name"
-    if twins:
-        error = DataError(
-            f"dataset {dataset!r}: names must differ between folders, {len(twins)} do not: "
-            f"{next(iter(twins.values()))}; rename the files, or make each folder a dataset of its own"
-        )
-        report(error, "files of the same name in several folders", twins)
+    refuse_twins(twins, dataset)
     return paths
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
 
 from ...config import DatasetConfig
+from ..defects import report
 from ..sample import DataError
 
 
@@ -42,6 +43,20 @@ def select(names: Sequence[str], config: DatasetConfig, dataset: str, seed: int)
         count = max(1, round(config.fraction * len(keep)))
         keep = np.sort(np.random.default_rng(seed).permutation(keep)[:count])
     return keep
+
+
+def refuse_twins(twins: Mapping[str, str], dataset: str) -> None:
+    """Report files of one name in several places, by that name; does nothing where there are none.
+
+    Raises:
+        DataError: there are some.
+    """
+    if twins:
+        error = DataError(
+            f"dataset {dataset!r}: names must differ between folders, {len(twins)} do not: "
+            f"{next(iter(twins.values()))}; rename the files, or make each folder a dataset of its own"
+        )
+        report(error, "files of the same name in several folders", twins)
 
 
 def shorten(names: Sequence[str], count: int = 3) -> str:

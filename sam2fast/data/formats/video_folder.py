@@ -24,7 +24,7 @@ from ..files import (
     check_image,
     decode_image,
     decode_labels,
-    digest,
+    digest_of_names,
     image_size,
     read_bytes,
 )
@@ -161,7 +161,7 @@ class VideoFolder:
         return FolderVideo(name, Path(frames), Path(masks), self._warn)
 
     def names_digest(self) -> str:
-        return digest(b"\0".join(row.partition(b"\0")[0] for row in self._videos))
+        return digest_of_names(self._videos)
 
     def sources(self) -> list[Path]:
         return [Path(row.decode().split("\0")[2]) for row in self._videos]
