@@ -18,12 +18,19 @@ from counting import fake_cuda
 fake_cuda.load()
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from counting.steps import PLANS, Setup, fake_batch, fake_model, gpu_attention
+from counting.steps import Setup, fake_batch, fake_model, gpu_attention
 from sam2fast.config import LossConfig
 from sam2fast.losses import SegmentationLoss
+from sam2fast.models.plan import RolloutPlan
 from sam2fast.parallel.engine import clip_within_update
 
-for kind, (plan, _) in PLANS.items():
+clicks = (False,) * 3
+plans = {
+    "video": RolloutPlan(4, "mask", (0,)),
+    "points": RolloutPlan(3, "point", (0, 1), (0, 1), (False, False), (clicks, clicks)),
+    "image": RolloutPlan(1, "point", (0,), (0,), (False,), (clicks,)),
+}
+for kind, plan in plans.items():
     with FakeTensorMode(), gpu_attention(), torch.autograd.set_multithreading_enabled(False):
         model, batch = fake_model(Setup("micro", kind)), fake_batch(plan.num_frames, 3, 1024)
         parameters, loss = list(model.parameters()), SegmentationLoss(LossConfig())

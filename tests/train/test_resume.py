@@ -28,7 +28,7 @@ def weights(output: Path, name: str = "model.pt") -> dict[str, torch.Tensor]:
     [
         (FORKED, FORKED, [EMA]),
         ([*DEEPSPEED, "--num_accelerators", "2"], TWO_FORKED, ["engine.kind=deepspeed", EMA]),
-        ([*TORCHRUN, "--nproc_per_node=2"], TWO_FORKED, []),
+        pytest.param([*TORCHRUN, "--nproc_per_node=2"], TWO_FORKED, [], marks=pytest.mark.exhaustive),
     ],
     ids=["python", "deepspeed-2", "torchrun-2"],
 )

@@ -19,6 +19,7 @@ SETTINGS = [
     "data.datasets.images.format=sa1b",
     "data.datasets.images.root=${data.root}/images",
     "checkpoint.every=2",
+    "checkpoint.asynchronous=false",  # that of step 2 is there when step 3 ends
 ]
 
 
