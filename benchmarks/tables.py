@@ -1,10 +1,10 @@
-"""Write the tables of docs/performance.md and docs/scaling.md from the files in results/.
+"""Write the tables of docs/performance.md, docs/scaling.md and docs/checkpoints.md from the files in results/.
 
     python benchmarks/tables.py
 
 replaces what stands between `<!-- table NAME -->` and `<!-- end -->`. Computed figures come from step_counts.csv and
 step_parts.csv and graph_counts.csv, measured ones from step_time.csv and profile_step_h100.csv; docs/scaling.md shows
-the files scaling_*.csv.
+the files scaling_*.csv, docs/checkpoints.md checkpoint_time.csv.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from scaling.engines import NAMES
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = tuple(FOLDER.parent / "docs" / name for name in ("performance.md", "scaling.md"))
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("performance.md", "scaling.md", "checkpoints.md"))
 SIZES = {"tiny": "T", "base_plus": "B+", "large": "L"}
 BATCHES = {"video": "8 frames x 3 objects", "points": "the same, clicked", "image": "image, 64 masks"}
 POLICIES = {
@@ -196,6 +196,27 @@ def scaling(mode: str) -> list[str]:
     return lines
 
 
+def checkpoint_time() -> list[str]:
+    """What checkpoint_time.py measured."""
+    lines = [
+        "| size | ranks | GB | synchronous, s | asynchronous: stall, s | share | first stall, s | written after, s |",
+        "|---" * 8 + "|",
+    ]
+    for row in _read("checkpoint_time.csv"):
+        times = [f"{float(row[key]):.2f}" for key in ("synchronous_s", "stall_s")]
+        later = [f"{float(row[key]):.2f}" for key in ("first_stall_s", "written_after_s")]
+        cells = [
+            SIZES[row["size"]],
+            row["ranks"],
+            f"{float(row['GB']):.2f}",
+            *times,
+            f"{float(row['ratio']):.1%}",
+            *later,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "parts": parts,
     "memory": memory,
@@ -205,6 +226,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "profile": profile,
     "collectives": collectives,
     "predicted": predicted,
+    "checkpoint_time": checkpoint_time,
     "cpu_ranks": cpu_ranks,
     "scaling": scaling,
 }

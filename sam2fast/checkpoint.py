@@ -13,18 +13,21 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_files import SaveError, find_damage, list_files, partial_folder, publish, put_back, saving
+from .checkpoint_files import SaveError, list_files, partial_folder, publish, put_back, saving
+from .checkpoint_header import FORMAT, find_fault, load_state, other_version, read_header, unreadable
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
 from .parallel import BackgroundRanks, Engine, EngineState, Ranks
+from .parallel.engine import is_out_of_memory
 from .parallel.state import trained_parameters
-from .run_state import EntryState, ResumeError, RunState
+from .parallel.watchdog import is_lost_peer
+from .run_state import ResumeError, RunState
 from .versions import versions
 
 
@@ -59,6 +62,7 @@ class CheckpointStore:
             "format": FORMAT,
             "state": asdict(state),
             "scaler": held.scaler,
+            "unreached": held.unreached,
             "trained": list(trained_parameters(engine.module)),
             "layout": engine.layout,
             "config": self.config.model_dump(mode="json"),
@@ -66,6 +70,8 @@ class CheckpointStore:
         }
         if self.asynchronous:
             copies = self._staging.copy(held.tensors())
+            # Freeing a tensor lets go of the interpreter's lock: beside a busy thread, thousands of them take a second.
+            del held
             self._thread = threading.Thread(target=self._write_beside, args=(copies, header, final))
             self._thread.start()
         else:
@@ -176,7 +182,7 @@ class CheckpointStore:
         for path in reversed(self._all()):
             if _step(path) <= after:
                 break
-            damage = _damage(path)
+            damage = find_fault(path)
             if not damage:
                 found = path, load_state(path)
                 break
@@ -200,57 +206,72 @@ class CheckpointStore:
         """
         header = self.ranks.agree(lambda: _checked_header(engine, path))
         # From here on ranks work together, and an error is one of all of them.
-        self.ranks.agree(lambda: self._load(engine, path, header["scaler"]))
+        self.ranks.agree(lambda: self._load(engine, path, header))
 
-    def _load(self, engine: Engine, path: Path, scaler: dict[str, Any]) -> None:
+    def _load(self, engine: Engine, path: Path, header: dict[str, Any]) -> None:
+        like = engine.state().tensors() if engine.state_is_sharded else {}  # which gathers what other ranks hold
         with _readable(path):
-            like = engine.state().tensors() if engine.state_is_sharded else {}  # which gathers what other ranks hold
             tensors = read_tensors(like, path, self._writers.group)
-        engine.load_state(EngineState.from_tensors(tensors, scaler))
+        state = EngineState.from_tensors(tensors, header["scaler"])
+        state.unreached = header.get("unreached", [])
+        engine.load_state(state)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Whatever reading files raises is that the checkpoint cannot be read."""
+    """Whatever reading files raises is that the checkpoint cannot be read, but for too little memory and lost ranks."""
     try:
         yield
     except UserError:
         raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.UnpicklingError) as error:
-        raise _unreadable(path, error) from error
+        if is_out_of_memory(error) or (isinstance(error, RuntimeError) and is_lost_peer(error)):
+            raise
+        raise unreadable(path, error) from error
 
 
 def _checked_header(engine: Engine, path: Path) -> dict[str, Any]:
     """state.json of a checkpoint that fits the engine."""
-    header = _header(path)
+    header = read_header(path)
     if header.get("format") != FORMAT:
-        raise _other_version(path)
+        raise other_version(path)
     with _readable(path):
         _compare(path, header["trained"], stored_shapes(path), engine)
     return header
 
 
-def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """Weights of a checkpoint of a run, under the names of the model.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint of a run holds of its model."""
 
-    Args:
-        averaged: moving averages (`optim.ema`) in place of the weights that have one.
+    weights: dict[str, Tensor]
+    """Under the names of the model."""
+    averaged: bool
+    """Whether they are moving averages (`optim.ema`), where those of them that were trained have one."""
+    config: dict[str, Any]
+    """Of the run, as JSON has it."""
+
+
+def read_snapshot(path: Path, raw: bool) -> Snapshot:
+    """Weights of a checkpoint of a run: their averages if it holds some, unless `raw`.
 
     Raises:
-        ResumeError: it is damaged, or of another version.
+        ResumeError: it is no checkpoint, damaged, or of another version.
     """
-    if damage := _damage(path):
-        raise ResumeError(f"{path} is damaged ({damage}); take another checkpoint of the run")
-    if _header(path).get("format") != FORMAT:
-        raise _other_version(path)
-    stored, kinds = stored_shapes(path), ("weights", "averages") if averaged else ("weights",)
-    keys = [key for kind in kinds for key in stored if key.startswith(f"{kind}/")]  # averages replace weights
-    return {key.partition("/")[2]: value for key, value in read_alone(keys, path).items()}
-
-
-def has_averages(path: Path) -> bool:
-    """Whether a checkpoint of a run holds moving averages."""
-    return any(key.startswith("averages/") for key in stored_shapes(path))
+    if damage := find_fault(path):
+        raise ResumeError(
+            f"{path} is no whole checkpoint ({damage}); take another folder RUN/checkpoints/step_XXXXXXXX"
+        )
+    header = read_header(path)
+    if header.get("format") != FORMAT:
+        raise other_version(path)
+    with _readable(path):
+        stored = stored_shapes(path)
+        averaged = not raw and any(key.startswith("averages/") for key in stored)
+        kinds = ("weights", "averages") if averaged else ("weights",)  # averages replace weights
+        keys = [key for kind in kinds for key in stored if key.startswith(f"{kind}/")]
+        weights = {key.partition("/")[2]: value for key, value in read_alone(keys, path).items()}
+    return Snapshot(weights, averaged, header["config"])
 
 
 @contextmanager
@@ -263,10 +284,6 @@ def _all_failures(final: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise SaveError(f"cannot save {_name(final)} to {final}: {type(error).__name__}: {error}") from error
-
-
-FORMAT = 2
-"""Of the folders of checkpoints; 1 held files of each engine's own."""
 
 
 def _compare(path: Path, trained: list[str], shapes: Mapping[str, tuple[int, ...]], engine: Engine) -> None:
@@ -290,49 +307,6 @@ def _compare(path: Path, trained: list[str], shapes: Mapping[str, tuple[int, ...
         )
 
 
-def save_state(folder: Path, state: RunState) -> None:
-    """Write `state` beside the weights of a finished stage."""
-    (folder / "state.json").write_text(json.dumps({"state": asdict(state)}, indent=1))
-
-
-def load_state(folder: Path) -> RunState:
-    """Read what `save_state` wrote.
-
-    Raises:
-        ResumeError: the file is damaged, or of another version.
-    """
-    values = _header(folder).get("state")
-    try:
-        return RunState(**values | {"entries": [EntryState(**entry) for entry in values["entries"]]})
-    except (TypeError, KeyError, AttributeError):
-        raise _other_version(folder) from None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        header = json.loads((path / "state.json").read_text())
-        if not isinstance(header, dict):
-            raise ValueError("it holds no settings")
-        return header
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _other_version(path: Path) -> ResumeError:
-    return ResumeError(
-        f"{path} was written by another version of sam2fast, which saved other files or noted the position in the data "
-        "otherwise; finish the run with that version, or start a new output_dir with model.checkpoint set to the "
-        "weights of the last finished stage"
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> ResumeError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ResumeError(
-        f"{path} cannot be read ({reason}); delete this folder to continue from what was saved before it"
-    )
-
-
 def _name(final: Path) -> str:
     return f"the checkpoint of step {_step(final)}"
 
@@ -340,15 +314,3 @@ def _name(final: Path) -> str:
 def _step(path: Path) -> int:
     number = path.name.removeprefix("step_")
     return int(number) if number.isdigit() else 0
-
-
-def _damage(path: Path) -> str:
-    """What is wrong with the files of a checkpoint; empty where nothing is, or where they were not listed yet."""
-    try:
-        return find_damage(path, _header(path).get("files", {}))
-    except ResumeError as error:
-        cause = error.__cause__
-        missing = isinstance(cause, FileNotFoundError)
-        return "state.json is missing" if missing else f"state.json cannot be read: {cause}"
-    except (TypeError, KeyError, AttributeError):
-        return "state.json does not list its files as it should"

@@ -81,8 +81,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="of a checkpoint with averages (optim.ema) the weights themselves"
     )
-    parser.add_argument("--image-size", type=int, default=1024, metavar="N",
-                        help="input side that the Hugging Face configuration names (default %(default)s)")  # fmt: skip
+    parser.add_argument("--image-size", type=int, metavar="N",
+                        help="input side that the Hugging Face configuration names; default: that of the run whose "
+                        "checkpoint it is, else 1024")  # fmt: skip
+    parser.add_argument("--multimask-tracking", action=argparse.BooleanOptionalAction, default=None,
+                        help="whether that configuration lets frames after a click be tracked with the best of three "
+                        "masks (model.multimask_tracking); default: as the run did, else yes")  # fmt: skip
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +184,7 @@ def export(args: argparse.Namespace) -> int:
     def body() -> None:
         from .export import export
 
-        what = export(args.checkpoint, args.layout, args.out, args.image_size, args.raw)
+        what = export(args.checkpoint, args.layout, args.out, args.image_size, args.multimask_tracking, args.raw)
         print(f"wrote {what} to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
     return _guarded(body)
@@ -287,7 +291,8 @@ def _guarded(body: Callable[[], int | None]) -> int:
 
 def _of_runtime(error: RuntimeError | MemoryError, say: Callable[[str], None]) -> int:
     """The exit code of an error outside of training steps, which say more themselves; raises what it does not know."""
-    from .out_of_memory import first_line, is_out_of_memory
+    from .out_of_memory import first_line
+    from .parallel.engine import is_out_of_memory
     from .parallel.watchdog import is_lost_peer
 
     if is_out_of_memory(error):

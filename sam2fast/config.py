@@ -178,7 +178,7 @@ class OptimConfig(Section):
     over them in each step; not with ZeRO 3."""
     missing_grad: Literal["zero", "skip"] = "zero"
     """Parameters that a batch does not reach: `zero` updates them with a zero gradient (the same with every engine),
-    `skip` leaves them alone (the official trainer; not with ZeRO 1-3, whose flat partitions cannot)."""
+    `skip` leaves them alone (the official trainer; not with DeepSpeed, which cannot)."""
 
 
 class StageConfig(Section):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import has_averages, read_weights
+from .checkpoint import read_snapshot
 from .checkpoint_files import saving, write_folder
 from .config import ConfigError
 from .models.architecture import SIZES, Architecture, architecture
@@ -14,14 +15,22 @@ from .models.huggingface import save_huggingface
 from .models.official import describe, read_state, save_checkpoint, split_checkpoint, to_official
 
 
-def export(source: Path, layout: str, folder: Path, image_size: int, raw: bool = False) -> str:
+def export(
+    source: Path,
+    layout: str,
+    folder: Path,
+    image_size: int | None = None,
+    multimask_tracking: bool | None = None,
+    raw: bool = False,
+) -> str:
     """Write the weights of `source` into `folder`, whole or not at all.
 
     Args:
         source: official checkpoint, or the folder of a checkpoint of a run (RUN/checkpoints/step_XXXXXXXX).
         layout: `official` writes model.pt, encoder.pt, decoder.pt and memory.pt; `huggingface` what
             `Sam2VideoModel.from_pretrained` reads.
-        image_size: side of the input that a Hugging Face configuration names.
+        image_size: side of the input that a Hugging Face configuration names; that of the run, or 1024, if None.
+        multimask_tracking: `model.multimask_tracking` there; as the run has it, or true, if None.
         raw: the weights of a checkpoint that also holds their averages (`optim.ema`), which are written otherwise:
             its scores are those of the averages.
 
@@ -33,9 +42,16 @@ def export(source: Path, layout: str, folder: Path, image_size: int, raw: bool =
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give --out a new folder")
-    averaged = source.is_dir() and not raw and has_averages(source)
-    state = to_official(read_weights(source, averaged)) if source.is_dir() else read_state(source)
-    arch = _architecture(state, source, image_size)
+    settings, averaged = {"image_size": 1024, "multimask_tracking": True}, False
+    if source.is_dir():
+        snapshot = read_snapshot(source, raw)
+        state, averaged = to_official(snapshot.weights), snapshot.averaged
+        settings = {name: snapshot.config["model"][name] for name in settings}
+    else:
+        state = read_state(source)
+    given = {"image_size": image_size, "multimask_tracking": multimask_tracking}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    arch = _architecture(state, source, settings)
 
     def write(path: Path) -> None:
         if layout == "official":
@@ -49,10 +65,10 @@ def export(source: Path, layout: str, folder: Path, image_size: int, raw: bool =
     return "averages of the weights (optim.ema)" if averaged else "weights"
 
 
-def _architecture(state: dict[str, Tensor], source: Path, image_size: int) -> Architecture:
+def _architecture(state: dict[str, Tensor], source: Path, settings: dict[str, Any]) -> Architecture:
     found = describe(state)
     for size in SIZES:
         for version in ("2.0", "2.1"):
             if found == f"SAM {version} {size}":
-                return architecture(size, version, image_size)
+                return architecture(size, version, **settings)
     raise ConfigError(f"{source} holds {found or 'no SAM 2 model'}, not one of the sizes {', '.join(SIZES)}")

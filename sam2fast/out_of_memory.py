@@ -12,6 +12,7 @@ from .data.sample import PackedBatch
 from .memory_plan import GIB, MARGIN, estimate_peak
 from .models.architecture import Architecture
 from .models.sam2 import SAM2
+from .parallel.engine import is_out_of_memory
 from .performance import RECOMPUTE_LADDER, RecomputePolicy
 from .run_state import RunState
 from .step_plan import StepPlan
@@ -19,13 +20,6 @@ from .step_plan import StepPlan
 
 class OutOfMemory(UserError):
     """A step needs more memory than there is."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of a GPU or of the host, is the cause."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
 
 
 @contextmanager

@@ -22,8 +22,9 @@ import torch
 
 from sam2fast_kernels import library
 
-from .checkpoint import CheckpointStore, save_state
+from .checkpoint import CheckpointStore
 from .checkpoint_files import saving, write_folder
+from .checkpoint_header import save_state
 from .config import Config, ConfigError, DatasetConfig, MixItem, ModelConfig, StageConfig
 from .data.bad_records import BadRecords
 from .data.dali import DaliDecoder, build_decoder, choose_backend

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CheckpointStore, load_state
+from .checkpoint import CheckpointStore
+from .checkpoint_header import load_stage
 from .config import Config, ConfigError
 from .config_file import flatten, load_config, save_config
 from .run_state import ResumeError, RunState
@@ -33,7 +34,7 @@ class RunFolder:
         ended = sorted(
             (self.path / "stages").glob("[0-9]*_*/state.json"), key=lambda path: int(path.parent.name.split("_")[0])
         )
-        state = load_state(ended[-1].parent) if ended else RunState()
+        state = load_stage(ended[-1].parent) if ended else RunState()
         if latest := store.latest(after=state.global_step):
             return latest[1], latest[0]
         return state, None

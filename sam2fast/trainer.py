@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from .run_state import EntryState, RunState
 from .step_plan import StepPlan, StepPlanner
 from .stopping import EXIT_STOPPED, Stopped, StopRequest
 from .telemetry.bad_data import BadDataLog
-from .telemetry.meters import Meters
+from .telemetry.meters import IntervalClock, Meters
 from .telemetry.progress import Progress
 from .telemetry.run_log import RunLog
 
@@ -64,38 +63,6 @@ class Telemetry:
     gpu: Callable[[], dict[str, float]]
     warn: Callable[[str], None]
     records: list[StepRecord] = field(default_factory=list)
-
-
-class IntervalClock:
-    """Times and samples since the last log line."""
-
-    def __init__(self) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
-        self._began, self._data, self._samples, self._steps = time.monotonic(), 0.0, 0, 0
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._data += time.monotonic() - began
-
-    def count(self, samples: int) -> None:
-        """A step of `samples` over all ranks is done."""
-        self._samples += samples
-        self._steps += 1
-
-    def values(self) -> dict[str, float]:
-        """Means by TensorBoard tag; starts a new interval."""
-        elapsed, steps = time.monotonic() - self._began, max(1, self._steps)
-        values = {
-            "perf/samples_per_s": self._samples / elapsed,
-            "perf/data_time": self._data / steps,
-            "perf/step_time": elapsed / steps,
-        }
-        self._restart()
-        return values
 
 
 class StageTrainer:
@@ -146,7 +113,7 @@ class StageTrainer:
             OutOfMemory: a step needs more memory than there is.
             Stopped: a signal asked for it; a checkpoint is saved.
         """
-        state, config = self.state, self.config
+        state = self.state
         started = time.monotonic() - state.seconds
         clock = IntervalClock()
         try:
@@ -156,52 +123,61 @@ class StageTrainer:
                     self._save()
             self.stop.now(self._facts(self.plan))  # a signal, if any, is acted on after the first step
             while state.step < self.stage.steps and not state.stopped:
-                HERE.go("loading data", self.stage.name, state.global_step)
-                with clock.loading():
-                    batches = self._next_batches()
-                self._list_records()
-                following, item = self.planner.plan(state.step + 1), self.plan.item
-                self.stop.begin(self._facts(following), self.store.failed)
-                with explained(config, state, self.plan, batches, self.engine.module, self.ranks.device):
-                    self._step(batches)
-                clock.count(self._samples(item))
-                self.entries[item].taken += self._samples(item)
-                self.plan = following
-                state.step += 1
-                state.global_step += 1
+                self._next_step(clock)
                 state.seconds = time.monotonic() - started
                 signal = self.stop.end()
                 if self.stop.save_failed:
                     self.store.wait()  # raises
-                ended = state.step == self.stage.steps
-                saving = not ended and state.global_step % config.checkpoint.every == 0
-                # Also before a save, so that the means of a resumed run cover the same steps.
-                if ended or saving or signal or state.global_step % config.log_every == 0:
-                    self._check_finite()
-                    self._check_records()
-                    self._log(clock.values())
-                every = config.validation.every
-                if config.validation.sets and (ended or (every and state.global_step % every == 0)):
-                    if signal:
-                        state.validation_due = True  # it may take longer than there is time
-                    else:
-                        saving |= self._validate()
-                        clock = IntervalClock()
-                        signal = self.stop.now(self._facts(following))
-                if saving or signal:
-                    path = self._save()
-                if signal:
-                    self.store.wait()
-                    raise Stopped(
-                        f"{signal}: stopped after step {state.global_step}, which is saved in {path}; the same command "
-                        f"continues (exit code {EXIT_STOPPED})"
-                    )
+                self._after_step(clock, signal)
             self.store.wait()
         finally:
             for loader in self.loaders.values():
                 loader.close()
             self.graphs = None  # in a cycle with this object, it would keep its memory while the next stage is built
             self._list_records()
+
+    def _next_step(self, clock: IntervalClock) -> None:
+        state = self.state
+        HERE.go("loading data", self.stage.name, state.global_step)
+        with clock.loading():
+            batches = self._next_batches()
+        self._list_records()
+        following, item = self.planner.plan(state.step + 1), self.plan.item
+        self.stop.begin(self._facts(following), self.store.failed)
+        with explained(self.config, state, self.plan, batches, self.engine.module, self.ranks.device):
+            self._step(batches)
+        clock.count(self._samples(item))
+        self.entries[item].taken += self._samples(item)
+        self.plan = following
+        state.step += 1
+        state.global_step += 1
+
+    def _after_step(self, clock: IntervalClock, signal: str) -> None:
+        """Log, validate and save where it is time to, and end with what `signal` asks for, if any does."""
+        state, config = self.state, self.config
+        ended = state.step == self.stage.steps
+        saving = not ended and state.global_step % config.checkpoint.every == 0
+        every = config.validation.every
+        validating = bool(config.validation.sets) and (ended or (every > 0 and state.global_step % every == 0))
+        # Before all that may save: a checkpoint counts the bad steps so far, and means of a resumed run cover the same.
+        if ended or saving or validating or signal or state.global_step % config.log_every == 0:
+            self._check_finite()
+            self._check_records()
+            self._log(clock.values())
+        if validating and signal:
+            state.validation_due = True  # it may take longer than there is time
+        elif validating:
+            saving |= self._validate()
+            clock.restart()
+            signal = self.stop.now(self._facts(self.plan))
+        if saving or signal:
+            path = self._save()
+        if signal:
+            self.store.wait()
+            raise Stopped(
+                f"{signal}: stopped after step {state.global_step}, which is saved in {path}; the same command "
+                f"continues (exit code {EXIT_STOPPED})"
+            )
 
     def _facts(self, plan: StepPlan | None) -> dict[str, Any]:
         """What all ranks must agree on before they go on."""

@@ -37,14 +37,17 @@ ALLOWED = {
     "checkpoint_files": {"config", "parallel"},
     "checkpoint_tensors": set(),
     "run_state": {"config"},
-    "checkpoint": {"config", "parallel", "checkpoint_files", "checkpoint_tensors", "run_state", "versions"},
+    "checkpoint_header": {"checkpoint_files", "run_state"},
+    "checkpoint": {"config", "parallel", "checkpoint_files", "checkpoint_tensors", "checkpoint_header", "run_state"},
     "export": {"config", "models", "checkpoint", "checkpoint_files"},
-    "run_folder": {"config", "config_file", "checkpoint", "run_state"},
+    "run_folder": {"config", "config_file", "checkpoint", "checkpoint_header", "run_state"},
     "memory_plan": {"config", "performance", "data.sample", "models", "losses", "optim", "parallel"},
     "step_plan": {"config", "data", "models"},
-    "out_of_memory": {"config", "performance", "data.sample", "models", "run_state", "memory_plan", "step_plan"},
+    "out_of_memory": {"config", "performance", "data.sample", "models", "parallel", "run_state", "memory_plan"},
     "trainer": {"config", "data", "models", "losses", "optim", "parallel", "telemetry", "checkpoint", "stopping"},
 }
+ALLOWED["out_of_memory"] |= {"step_plan"}
+ALLOWED["checkpoint"] |= {"versions"}
 ALLOWED["trainer"] |= {"step_plan", "out_of_memory", "run_state"}
 ALLOWED["recipe"] = {*ALLOWED, "trainer"}
 ALLOWED["cli"] = {*ALLOWED, "recipe"}

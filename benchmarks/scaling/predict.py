@@ -101,6 +101,13 @@ def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jit
 def nearest(traces: Sequence[dict], engine: str, ranks: int) -> dict:
     """The trace of the fewest ranks that are no fewer than `ranks`, else of the most."""
     own = sorted((line for line in traces if line["engine"] == engine), key=lambda line: line["world_size"])
+    if engine == "hybrid":  # on one node, its groups of a node and of all ranks look the same
+        own = [line for line in own if line["world_size"] == ranks or line["world_size"] > NODE]
+        if not own:
+            raise LookupError(
+                f"FSDP, hybrid on {ranks} ranks needs a trace of more than {NODE} ranks; make one with "
+                "dry_run.py --engine hybrid --ranks 256"
+            )
     return next((line for line in own if line["world_size"] >= ranks), own[-1])
 
 
@@ -175,10 +182,11 @@ def check() -> list[dict[str, Any]]:
     """
     lines = {row["kind"]: Line(float(row["latency_us"]) / 1e6, float(row["gb_per_s"]) * 1e9) for row in _network()}
     measured = [row for row in tables.read(tables.MEASURED) if row["mode"] == "weak" and row["cores"]]
-    alone = {(row["engine"], row["size"]): row for row in measured if row["ranks"] == "1"}
+    names = [name for name in tables.MEASURED_KEYS if name != "ranks"]
+    alone = {tuple(row[name] for name in names): row for row in measured if row["ranks"] == "1"}
     rows = []
     for row in measured:
-        one, ranks = alone.get((row["engine"], row["size"])), int(row["ranks"])
+        one, ranks = alone.get(tuple(row[name] for name in names)), int(row["ranks"])
         if one is None or ranks == 1:
             continue
         traces = [line for line in tables.read_traces() if line["size"] == row["size"]]

@@ -73,6 +73,13 @@ class GradientBuckets:
         self._lay_out()
         self.reset()
 
+    def expect_missing(self, indices: Iterable[int]) -> None:
+        """Before the first step: parameters that a step of the run that is continued did not reach. Gradients are then
+        added up in the same order as without the interruption."""
+        self.optional |= set(indices)
+        self._lay_out()
+        self.reset()
+
     def begin(self, last: bool) -> None:
         """Before every backward pass; `last` is that of an optimizer step."""
         self._sending = last

@@ -51,8 +51,10 @@ class TorchEngine(WholeState):
         broadcast_weights(module, ranks)
         self.buckets: GradientBuckets | None = None
         if ranks.world_size > 1:
-            trained = [param for param in module.parameters() if param.requires_grad]
-            self.buckets = GradientBuckets(trained, ranks.world_size, getattr(torch, reduce_dtype), self.fill_missing)
+            trained = trained_parameters(module)
+            self.trained = list(trained)
+            dtype = getattr(torch, reduce_dtype)
+            self.buckets = GradientBuckets(trained.values(), ranks.world_size, dtype, self.fill_missing)
 
     def forward(self, *args: Any) -> Any:
         with self.autocast():
@@ -97,7 +99,8 @@ class TorchEngine(WholeState):
         if self.scaler.is_enabled():
             values = self.scaler.state_dict()
             scaler = {"scale": values["scale"], "good_steps": values["_growth_tracker"]}
-        return EngineState(weights, unsharded_moments(self.optimizer, trained), scaler)
+        unreached = [self.trained[index] for index in sorted(self.buckets.optional)] if self.buckets else []
+        return EngineState(weights, unsharded_moments(self.optimizer, trained), scaler, unreached=unreached)
 
     def load_state(self, state: EngineState) -> None:
         self.module.load_state_dict(state.weights)
@@ -105,9 +108,8 @@ class TorchEngine(WholeState):
         if self.scaler.is_enabled() and state.scaler:
             values = {"scale": state.scaler["scale"], "_growth_tracker": state.scaler["good_steps"]}
             self.scaler.load_state_dict(self.scaler.state_dict() | values)
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        if self.buckets is not None:
+            self.buckets.expect_missing(self.trained.index(name) for name in state.unreached if name in self.trained)
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:

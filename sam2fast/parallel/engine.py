@@ -133,6 +133,13 @@ def resolve_kind(config: EngineConfig) -> str:
     return "deepspeed" if launched or asked else "torch"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a GPU or of the host, is the cause."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
 def is_write_error(error: Exception) -> bool:
     """Whether the file system is the cause. torch.save says so with errors of its own, which hide the reason."""
     signs = ("inline_container", "iostream error", "Parent directory", "cannot be opened")

@@ -27,11 +27,14 @@ class EngineState:
     """Parameters and buffers by their names in `module.state_dict()`, float32."""
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """`exp_avg`, `exp_avg_sq` (shapes of the parameter) and `step` (a float32 scalar) by names of trained parameters.
-    One that has not been updated yet has none."""
+    One that has not been updated yet has none, or zeros."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """`scale` and `good_steps` (since it last changed) of float16's loss scaling; empty in other precisions."""
     averages: dict[str, Tensor] = field(default_factory=dict)
     """Moving averages of trained parameters by name, where they are kept."""
+    unreached: list[str] = field(default_factory=list)
+    """Trained parameters that some step did not reach: where their gradients are reduced depends on it, and so does
+    rounding on three ranks and more."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under one flat key each: `weights/NAME`, `averages/NAME`, `moments/NAME/exp_avg`."""
@@ -94,6 +97,9 @@ class WholeState:
     def local(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(given)
 
+    def full_state_dict(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+
 
 def unsharded_moments(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> dict[str, dict]:
     """Moments of `params` in an optimizer that holds each of them whole."""
@@ -123,6 +129,6 @@ def common_step(moments: Mapping[str, dict[str, Tensor]], names: list[str]) -> T
         raise UserError(
             f"the checkpoint holds parameters of different numbers of updates ({min(steps):g} to {max(steps):g}), as "
             "optim.missing_grad=skip leaves them, and ZeRO stages 1 to 3 keep one number for all; continue with "
-            "engine.zero_stage=0 or engine.kind=torch"
+            "engine.kind=torch or engine.kind=fsdp"
         )
     return torch.tensor(steps.pop())

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ class DeepSpeedEngine(WholeState):
             "precision": precision,
             "world_size": ranks.world_size,
         }
-        if optim.missing_grad == "skip" and self.stage > 0:
+        if optim.missing_grad == "skip":
             raise ConfigError(
-                f"optim.missing_grad=skip cannot work with ZeRO stage {self.stage}, whose flat partitions update every "
-                "parameter; set optim.missing_grad=zero, engine.zero_stage=0 or engine.kind=torch"
+                "optim.missing_grad=skip cannot work with DeepSpeed, which gives a zero gradient to parameters that a "
+                "batch does not reach; set optim.missing_grad=zero, engine.kind=torch or engine.kind=fsdp"
             )
         if self.stage == 3 and optim.ema is not None:
             raise ConfigError(
@@ -88,7 +89,6 @@ class DeepSpeedEngine(WholeState):
         deepspeed = _import_deepspeed(ranks.device.type)
         self.ranks, self.rebuild = ranks, rebuild
         self.clip = optim.clip
-        self.fill_missing = optim.missing_grad == "zero"
         self.params = [p for group in groups for p in group["params"]]
         optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -131,9 +131,7 @@ class DeepSpeedEngine(WholeState):
     def _step_unsharded(self) -> StepResult:
         """Stage 0: DeepSpeed reports no gradient norm and lets non-finite gradients through, so both are done here."""
         for param in self.params:
-            if self.fill_missing and param.grad is None:
-                param.grad = torch.zeros_like(param)
-            if self.loss_scale and param.grad is not None:
+            if self.loss_scale:
                 param.grad /= self.loss_scale.value
         result = clip_within_update(self.optimizer, self.params, self.clip)
         self.engine.step()
@@ -156,7 +154,7 @@ class DeepSpeedEngine(WholeState):
 
     def full_state_dict(self) -> dict[str, Tensor]:
         if self.stage < 3:
-            return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+            return super().full_state_dict()
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         state = {name: value.detach().cpu() for name, value in self.module.named_buffers()}
@@ -292,4 +290,6 @@ def _import_deepspeed(device: str) -> Any:
     # Its shared-memory collective is compiled at the first run (a minute on a CPU) and gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that newer versions of torch have replaced.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed

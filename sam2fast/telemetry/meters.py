@@ -1,9 +1,11 @@
-"""Means of training terms, accumulated on the device and read once per log interval."""
+"""Means of training terms, accumulated on the device and read once per log interval, and the times of one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -47,3 +49,35 @@ class Meters:
 
     def reset(self) -> None:
         self._totals.clear()
+
+
+class IntervalClock:
+    """Times and samples since the last log line."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._began, self._data, self._samples, self._steps = time.monotonic(), 0.0, 0, 0
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._data += time.monotonic() - began
+
+    def count(self, samples: int) -> None:
+        """A step of `samples` over all ranks is done."""
+        self._samples += samples
+        self._steps += 1
+
+    def values(self) -> dict[str, float]:
+        """Means by TensorBoard tag; starts a new interval."""
+        elapsed, steps = time.monotonic() - self._began, max(1, self._steps)
+        values = {
+            "perf/samples_per_s": self._samples / elapsed,
+            "perf/data_time": self._data / steps,
+            "perf/step_time": elapsed / steps,
+        }
+        self.restart()
+        return values

@@ -106,6 +106,21 @@ def test_what_a_step_does_not_reach_holds_back_the_rest_once(network: Network, f
         buckets.reset()
 
 
+def test_a_run_that_continues_adds_up_in_the_same_order(network: Network) -> None:
+    net = Net()
+    buckets = GradientBuckets(net.parameters(), WORLD, bucket_bytes=1)
+    step(net, buckets, network, False)
+    buckets.reset()
+    missing = sorted(buckets.optional)
+    buckets.close()
+    continued = GradientBuckets(net.parameters(), WORLD, bucket_bytes=1)
+    continued.expect_missing(missing)
+    step(net, continued, network, True)
+    assert network.events == [128, 64, 32, 96, "end of backward"]
+    for param, grad in zip(net.parameters(), expected(net, True), strict=True):
+        torch.testing.assert_close(param.grad, grad)
+
+
 def test_gradients_from_elsewhere_are_averaged_too(network: Network) -> None:
     net = Net()
     buckets = GradientBuckets(net.parameters(), WORLD, fill_missing=False)

@@ -1,4 +1,4 @@
-"""SAM 2 on two ranks gives the losses and weights of one process, with every engine and any number of micro-steps."""
+"""SAM 2 on several ranks gives the losses and weights of one process, with every engine and number of micro-steps."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ ENGINES = {
 TOLERANCE = 1e-5
 
 
-def compare(cases: list[dict], folder: Path) -> dict[str, dict[str, float]]:
+def compare(cases: list[dict], folder: Path, ranks: int = 2) -> dict[str, dict[str, float]]:
     """Relative differences of losses (the largest) and weights (all together) from one process with one micro-step."""
     reference, out = str(folder / "reference.pt"), folder / "found.json"
-    whole = [cases[0] | {"engine": {"kind": "torch"}, "accumulate": 1}]
-    for ranks, given in ((1, whole), (2, cases)):
+    whole = [cases[0] | {"engine": {"kind": "torch"}, "accumulate": 1, "compile": None}]
+    for number, given in ((1, whole), (ranks, cases)):
         arguments = [str(WORKER), json.dumps(given), str(out), reference]
-        done = Launch(arguments, ranks, folder, environment()).wait(3000)
+        done = Launch(arguments, number, folder, environment()).wait(3000)
         assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
 def check(found: dict[str, dict[str, float]], cases: list[dict]) -> None:
     assert set(found) == {case["name"] for case in cases}
+    print(found)
     for name, differences in found.items():
         assert max(differences.values()) <= TOLERANCE, (name, differences)
 
@@ -46,6 +47,36 @@ def test_a_step_of_each_kind(tmp_path: Path) -> None:
     ]
     cases = [case | common for case in cases]
     check(compare(cases, tmp_path), cases)
+
+
+def test_gradients_reduced_in_bfloat16(tmp_path: Path) -> None:
+    """Near float32, and not float32 by another name."""
+    cases = [
+        {"name": name, "engine": ENGINES[name] | {"reduce_dtype": "bfloat16"}, "accumulate": 2, "steps": 2}
+        for name in ("torch", "fsdp", "ZeRO 2")
+    ]
+    for name, differences in compare(cases, tmp_path).items():
+        assert TOLERANCE < max(differences.values()) < 1e-3, (name, differences)
+
+
+@pytest.mark.exhaustive
+def test_compiled_regions_with_every_engine(tmp_path: Path) -> None:
+    cases = [
+        {"name": name, "engine": engine, "accumulate": 1, "steps": 3, "compile": "aot_eager"}
+        for name, engine in ENGINES.items()
+        if name not in ("hybrid, groups of 2", "ZeRO 0")
+    ]
+    check(compare(cases, tmp_path), cases)
+
+
+@pytest.mark.exhaustive
+def test_shards_on_two_ranks_and_copies_on_two_more(tmp_path: Path) -> None:
+    cases = [
+        {"name": name, "engine": ENGINES[name], "accumulate": accumulate, "steps": 3}
+        for name in ("torch", "hybrid, groups of 2")
+        for accumulate in (1, 2)
+    ]
+    check(compare(cases, tmp_path, ranks=4), cases)
 
 
 @pytest.mark.exhaustive

@@ -1,0 +1,55 @@
+"""Which checkpoints and finished stages are taken for whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from sam2fast import checkpoint_files
+from sam2fast.checkpoint_files import list_files
+from sam2fast.checkpoint_header import FORMAT, find_fault, load_stage, save_state
+from sam2fast.run_state import ResumeError, RunState
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "weights").write_bytes(b"all of them")
+    files = list_files(tmp_path, [tmp_path / "weights"])
+    (tmp_path / "state.json").write_text(json.dumps({"format": FORMAT, "files": files}))
+    return tmp_path
+
+
+def test_files_as_they_are_listed_are_whole(checkpoint: Path) -> None:
+    assert find_fault(checkpoint) == ""
+    (checkpoint / "weights").write_bytes(b"all of thex")
+    assert "another checksum" in find_fault(checkpoint)
+
+
+def test_a_checkpoint_that_lists_nothing_is_damaged(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text(json.dumps({"format": FORMAT}))
+    assert "does not list its files" in find_fault(checkpoint)
+
+
+def test_a_file_system_that_fails_says_nothing_about_the_files(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that cannot be read for a moment must not be passed over, and so deleted by the next save."""
+
+    def failing(path: Path) -> int:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint_files, "_checksum", failing)
+    with pytest.raises(ResumeError, match="cannot be read at present.*Input/output error.*may be whole"):
+        find_fault(checkpoint)
+
+
+def test_damaged_weights_of_a_finished_stage_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    save_state(tmp_path, RunState(stage=1, global_step=8))
+    assert load_stage(tmp_path).global_step == 8
+    (tmp_path / "model.pt").write_bytes(b"weight5")
+    with pytest.raises(ResumeError, match="finished stage.*model.pt has another checksum"):
+        load_stage(tmp_path)
