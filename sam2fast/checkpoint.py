@@ -22,7 +22,7 @@ from torch import Tensor
 from .checkpoint_files import SaveError, find_damage, list_files, partial_folder, publish, put_back, saving
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
-from .parallel import BackgroundRanks, Engine, EngineState, Ranks
+from .parallel import Engine, EngineState, Ranks
 from .parallel.state import trained_parameters
 from .run_state import EntryState, ResumeError, RunState
 from .versions import versions
@@ -39,7 +39,7 @@ class CheckpointStore:
         self.folder = Path(config.output_dir) / "checkpoints"
         self.config, self.ranks = config, ranks
         self.keep, self.asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
-        self._writers = BackgroundRanks.beside(ranks, config.engine.timeout_minutes)
+        self._writers = ranks.beside(config.engine.timeout_minutes)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

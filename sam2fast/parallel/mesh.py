@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,6 +33,17 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of its collectives; None is the default one."""
+
+    def beside(self, timeout_minutes: float) -> Ranks:
+        """The same ranks for another thread: in a group of their own, so that a collective never meets one of this
+        thread, and over the host's network. Called on every rank, in the same order as other groups are made.
+
+        Args:
+            timeout_minutes: how long a collective may wait for a rank.
+        """
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
 
     @property
     def main(self) -> bool:
@@ -41,13 +52,13 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             with HERE.waiting("a barrier"):
-                dist.barrier()
+                dist.barrier(self.group)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of `value` over all ranks (in place; no copy to the host)."""
         if self.world_size > 1:
             with HERE.waiting("a sum over ranks"):
-                dist.all_reduce(value)
+                dist.all_reduce(value, group=self.group)
         return value
 
     def broadcast(self, value: Any) -> Any:
@@ -56,7 +67,7 @@ class Ranks:
             return value
         box = [value]
         with HERE.waiting("a broadcast from rank 0"):
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def agree(self, work: Callable[[], T], slow: bool = False) -> T:
@@ -113,7 +124,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world_size
         with HERE.waiting("a gathering of all ranks"):
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
 
