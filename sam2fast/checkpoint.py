@@ -22,7 +22,7 @@ from torch import Tensor
 from .checkpoint_files import SaveError, find_damage, list_files, partial_folder, publish, put_back, saving
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
-from .parallel import Engine, EngineState, Ranks
+from .parallel import HERE, Engine, EngineState, Ranks
 from .parallel.state import trained_parameters
 from .run_state import EntryState, ResumeError, RunState
 from .versions import versions
@@ -120,7 +120,7 @@ class CheckpointStore:
         ranks, partial = self._writers, partial_folder(final)
 
         def write() -> None:
-            with _all_failures(final):
+            with _all_failures(final), HERE.at_work("writing a checkpoint"):
                 write_tensors(tensors, partial, ranks.group)
 
         def check() -> dict[str, dict[str, int]]:
@@ -134,9 +134,9 @@ class CheckpointStore:
 
         try:
             ranks.agree(write)
-            lists = ranks.gather(ranks.agree(check, slow=True))
+            lists = ranks.gather(ranks.agree(check, slow="reading a checkpoint back"))
             files = {name: entry for each in lists for name, entry in each.items()}
-            ranks.agree(lambda: finish() if ranks.main else None, slow=True)
+            ranks.agree(lambda: finish() if ranks.main else None, slow="publishing a checkpoint")
         except (UserError, SystemExit):
             if ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)

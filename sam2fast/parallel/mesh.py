@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -70,17 +70,18 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def agree(self, work: Callable[[], T], slow: bool = False) -> T:
+    def agree(self, work: Callable[[], T], slow: str = "") -> T:
         """The result of `work`, which every rank calls; a user's mistake on any rank ends all of them with one message.
 
         Args:
-            slow: it may take some ranks longer than a collective may wait; it must not use collectives of its own.
+            slow: what it is, where it may take some ranks longer than a collective may wait; it must not use
+                collectives of its own.
 
         Raises:
             UserError: on the first rank that has one; SystemExit on the others.
         """
         try:
-            with self._patience() if slow and self.world_size > 1 else nullcontext():
+            with self._patience(slow) if slow and self.world_size > 1 else nullcontext():
                 result, error = work(), None
         except UserError as mistake:
             result, error = None, mistake
@@ -92,9 +93,9 @@ class Ranks:
         return result
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
+    def _patience(self, what: str) -> Iterator[None]:
         """Around work that every rank has: nobody goes on before all are done, and no collective waits for long,
-        because ranks at work say so all the time."""
+        because ranks at work say so all the time. It is for the watchdog to end work that hangs."""
         over, crashed = threading.Event(), False
 
         def tell() -> list[str]:
@@ -109,12 +110,15 @@ class Ranks:
         with ThreadPoolExecutor(1) as pool:
             telling = pool.submit(tell)
             try:
-                yield
+                with HERE.at_work(what):
+                    yield
             except BaseException as error:
                 crashed = not isinstance(error, UserError)  # `agree` tells the others of those
                 raise
             finally:
                 over.set()
+                with HERE.waiting("slow work of other ranks"):
+                    wait([telling])
         if "crashed" in telling.result():  # that rank says why; nobody would answer the next collective
             raise SystemExit(1)
 
