@@ -23,7 +23,7 @@ from .checkpoint_files import SaveError, list_files, partial_folder, publish, pu
 from .checkpoint_header import FORMAT, find_fault, load_state, other_version, read_header, unreadable
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
-from .parallel import BackgroundRanks, Engine, EngineState, Ranks
+from .parallel import HERE, Engine, EngineState, Ranks
 from .parallel.engine import is_out_of_memory
 from .parallel.state import trained_parameters
 from .parallel.watchdog import is_lost_peer
@@ -42,7 +42,7 @@ class CheckpointStore:
         self.folder = Path(config.output_dir) / "checkpoints"
         self.config, self.ranks = config, ranks
         self.keep, self.asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
-        self._writers = BackgroundRanks.beside(ranks, config.engine.timeout_minutes)
+        self._writers = ranks.beside(config.engine.timeout_minutes)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -126,7 +126,7 @@ class CheckpointStore:
         ranks, partial = self._writers, partial_folder(final)
 
         def write() -> None:
-            with _all_failures(final):
+            with _all_failures(final), HERE.at_work("writing a checkpoint"):
                 write_tensors(tensors, partial, ranks.group)
 
         def check() -> dict[str, dict[str, int]]:
@@ -140,9 +140,9 @@ class CheckpointStore:
 
         try:
             ranks.agree(write)
-            lists = ranks.gather(ranks.agree(check, slow=True))
+            lists = ranks.gather(ranks.agree(check, slow="reading a checkpoint back"))
             files = {name: entry for each in lists for name, entry in each.items()}
-            ranks.agree(lambda: finish() if ranks.main else None, slow=True)
+            ranks.agree(lambda: finish() if ranks.main else None, slow="publishing a checkpoint")
         except (UserError, SystemExit):
             if ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)

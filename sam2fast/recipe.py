@@ -96,7 +96,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     store = CheckpointStore(config, ranks)
     # Rank 0 decides where to go on: a shared file system may show others an older state.
     state, checkpoint = ranks.broadcast(
-        ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow=True)
+        ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow="finding the last checkpoint")
     )
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
     if config.data.workers:
@@ -151,8 +151,8 @@ def _open_datasets(entries: Mapping[str, DatasetConfig], seed: int, ranks: Ranks
     def opened() -> dict[str, Dataset]:
         return {name: open_dataset(entry, name, seed) for name, entry in entries.items()}
 
-    first = ranks.agree(lambda: None if ranks.local_rank else opened(), slow=True)
-    return ranks.agree(lambda: first or opened(), slow=True)
+    first = ranks.agree(lambda: None if ranks.local_rank else opened(), slow="reading what datasets hold")
+    return ranks.agree(lambda: first or opened(), slow="reading what datasets hold")
 
 
 def _architecture(settings: ModelConfig) -> Architecture:
@@ -287,12 +287,16 @@ def _clips(run: _Run, state: RunState, item: MixItem, entry: EntryState) -> Clip
         settings, report = config.data.datasets[item.dataset], run.telemetry.progress.message
         counts = ranks.broadcast(
             ranks.agree(
-                lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None, slow=True
+                lambda: object_counts(dataset, settings, item, config.seed, report) if ranks.main else None,
+                slow="counting objects",
             )
         )
     seed = [config.seed, state.stage, entry.stream]
     size = config.model.image_size
-    return ranks.agree(lambda: ClipDataset(dataset, item, stage.augment, size, seed, group, counts), slow=True)
+    return ranks.agree(
+        lambda: ClipDataset(dataset, item, stage.augment, size, seed, group, counts),
+        slow="listing the clips of a dataset",
+    )
 
 
 class _Validation:

@@ -5,14 +5,14 @@ every step on every rank (worker.py). Ranks are GPUs with NCCL where torch sees 
 with `--threads` threads. Weak scaling gives every rank `--batch` videos, strong scaling shares `--batch` times the
 largest number of ranks among all. Defaults are small enough for a CPU; on a GPU say for instance
 
-    python benchmarks/scaling/measure.py --ranks 1 2 4 8 --size base_plus --side 1024 --frames 8 --objects 3 --batch 1
-    \\
-        --precision bfloat16 --workers 4 --steps 60
+    python benchmarks/scaling/measure.py --ranks 1 2 4 8 --size base_plus --side 1024 --frames 8 --objects 3 \\
+        --batch 1 --precision bfloat16 --workers 4 --steps 60
 
 On several nodes give the command that starts one process for each rank, `{ranks}` being their number, and a folder that
-all nodes share:
+all nodes share. In a job of Slurm, with MASTER_ADDR and MASTER_PORT exported as in configs/cluster/srun.sbatch:
 
-    --launcher "srun --ntasks={ranks} --ntasks-per-node=8 slurm_rank.sh python" --folder /shared/scaling
+    --folder /shared/scaling --launcher 'srun --ntasks={ranks} --ntasks-per-node=8 bash -c
+        "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python $*" rank'
 
 The last line is one JSON object with all rows. They are added to results/scaling_measured.csv unless --no-save is
 given.

@@ -1,7 +1,6 @@
 """Process groups and training engines."""
 
 from .agreement import StepAgreement
-from .background import BackgroundRanks
 from .cuda_graphs import CudaCapture, GraphedSteps
 from .engine import Engine, StepResult, build_engine
 from .mesh import Ranks, setup, teardown
@@ -11,7 +10,6 @@ from .watchdog import LostRankError, Watchdog
 
 __all__ = [
     "HERE",
-    "BackgroundRanks",
     "CudaCapture",
     "Engine",
     "EngineState",

@@ -6,9 +6,9 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,6 +33,17 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of its collectives; None is the default one."""
+
+    def beside(self, timeout_minutes: float) -> Ranks:
+        """The same ranks for another thread: in a group of their own, so that a collective never meets one of this
+        thread, and over the host's network. Called on every rank, in the same order as other groups are made.
+
+        Args:
+            timeout_minutes: how long a collective may wait for a rank.
+        """
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
 
     @property
     def main(self) -> bool:
@@ -41,13 +52,13 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             with HERE.waiting("a barrier"):
-                dist.barrier()
+                dist.barrier(self.group)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of `value` over all ranks (in place; no copy to the host)."""
         if self.world_size > 1:
             with HERE.waiting("a sum over ranks"):
-                dist.all_reduce(value)
+                dist.all_reduce(value, group=self.group)
         return value
 
     def broadcast(self, value: Any) -> Any:
@@ -56,20 +67,21 @@ class Ranks:
             return value
         box = [value]
         with HERE.waiting("a broadcast from rank 0"):
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def agree(self, work: Callable[[], T], slow: bool = False) -> T:
+    def agree(self, work: Callable[[], T], slow: str = "") -> T:
         """The result of `work`, which every rank calls; a user's mistake on any rank ends all of them with one message.
 
         Args:
-            slow: it may take some ranks longer than a collective may wait; it must not use collectives of its own.
+            slow: what it is, where it may take some ranks longer than a collective may wait; it must not use
+                collectives of its own.
 
         Raises:
             UserError: on the first rank that has one; SystemExit on the others.
         """
         try:
-            with self._patience() if slow and self.world_size > 1 else nullcontext():
+            with self._patience(slow) if slow and self.world_size > 1 else nullcontext():
                 result, error = work(), None
         except UserError as mistake:
             result, error = None, mistake
@@ -81,9 +93,9 @@ class Ranks:
         return result
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
+    def _patience(self, what: str) -> Iterator[None]:
         """Around work that every rank has: nobody goes on before all are done, and no collective waits for long,
-        because ranks at work say so all the time."""
+        because ranks at work say so all the time. It is for the watchdog to end work that hangs."""
         over, crashed = threading.Event(), False
 
         def tell() -> list[str]:
@@ -98,12 +110,15 @@ class Ranks:
         with ThreadPoolExecutor(1) as pool:
             telling = pool.submit(tell)
             try:
-                yield
+                with HERE.at_work(what):
+                    yield
             except BaseException as error:
                 crashed = not isinstance(error, UserError)  # `agree` tells the others of those
                 raise
             finally:
                 over.set()
+                with HERE.waiting("slow work of other ranks"):
+                    wait([telling])
         if "crashed" in telling.result():  # that rank says why; nobody would answer the next collective
             raise SystemExit(1)
 
@@ -113,7 +128,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world_size
         with HERE.waiting("a gathering of all ranks"):
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -25,6 +26,10 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(seconds=10)
 _NAMED = 4
 """Ranks that a message describes at most."""
+_ASKED = 0.5
+"""Seconds between two requests for what another rank is about to say."""
+_MAIN_EVERY = 5
+"""Requests for a failure of which one also reads the note of rank 0."""
 LOST, DONE = "lost", "done"
 
 
@@ -45,21 +50,30 @@ class Sighting:
     """Why it has ended: its error, LOST where it ended because of another rank, or DONE."""
     silent: bool = False
     """It goes on writing no notes."""
+    work: str = ""
+    """Slow work that it has under way."""
 
     @classmethod
     def of(cls, place: Place, rank: int, beat: int, ended: str = "") -> Sighting:
         """This process now."""
+        work = " and ".join(each.what for each in tuple(place.works))
         return cls(rank, beat, socket.gethostname(), os.getpid(), place.stage, place.step, place.phase,
-                   place.collective, place.sequence, ended)  # fmt: skip
+                   place.collective, place.sequence, ended, work=work)  # fmt: skip
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host}), {self.where}"
 
     @property
     def where(self) -> str:
-        """For instance: in loading data, after step 5 of stage 'video'."""
+        """For instance: in saving a checkpoint (reading a checkpoint back), after step 5 of stage 'video'."""
         after = f"after step {self.step} of stage {self.stage!r}" if self.stage else "before the first stage"
-        return f"in {self.collective or self.phase}, {after}"
+        work = f" ({self.work})" if self.work else ""
+        return f"in {self.collective or self.phase}{work}, {after}"
+
+    @property
+    def at_work(self) -> bool:
+        """It does slow work, or may wait for another of its threads that does."""
+        return bool(self.work) and not self.collective
 
     @property
     def failed(self) -> bool:
@@ -87,6 +101,7 @@ class Board:
         self.world_size = ranks.world_size
         self.gone = False
         self._store = dist.PrefixStore("watchdog", connect(_TIMEOUT))
+        self._requests = 0
         self._main: Sighting | None = None
         """Rank 0 as last seen: where it keeps the store, nothing can be asked when it is gone."""
 
@@ -97,25 +112,52 @@ class Board:
             self._try(lambda: self._store.set("failed", f"rank {sighting.rank}: {sighting.ended}"))
 
     def failure(self) -> str:
-        """The rank that ended with an error, and the error; empty where none has. Costs one request."""
-        self._main = self._read(0) or self._main
-        return self._try(lambda: self._store.get("failed").decode() if self._store.check(["failed"]) else "") or ""
+        """The rank that ended with an error, and the error; empty where none has. Asked every second: it is one
+        request, and now and then those for the note of rank 0."""
+        if self._requests % _MAIN_EVERY == 0:
+            self._main = self._read([0])[0] or self._main
+        self._requests += 1
+        return self._get(["failed"])[0] or ""
 
     def read(self) -> list[Sighting]:
         """The notes there are."""
-        found = [self._read(rank) for rank in range(self.world_size)]
+        found = self._read(range(self.world_size))
         if self.gone and self._main:
             found[0] = replace(self._main, silent=True)
         return [each for each in found if each]
 
     def claim(self, what: str) -> bool:
-        """Whether this rank is the first to ask: it tells the user, the others need not."""
-        return self._try(lambda: self._store.add(what, 1) == 1) is not False
+        """Whether this rank is the first to ask: it looks at all notes and tells the user, the others need not."""
+        return self._try(lambda: self._store.add(f"claim/{what}", 1) == 1) is not False
 
-    def _read(self, rank: int) -> Sighting | None:
-        key = f"rank/{rank}"
-        text = self._try(lambda: self._store.get(key) if self._store.check([key]) else None)
-        return Sighting(**json.loads(text)) if text else None
+    def tell(self, what: str, text: str) -> None:
+        """Say to those who `hear` it what this rank has found, and let them: with rank 0 the store may go."""
+        self._try(lambda: self._store.set(f"told/{what}", text))
+        time.sleep(2 * _ASKED)
+
+    def hear(self, what: str) -> str:
+        """What the rank that has claimed it found; empty where it does not say so in time. That rank then goes on
+        first: a launcher may kill it when this one ends."""
+        deadline = time.monotonic() + _TIMEOUT.total_seconds()
+        while not self.gone and time.monotonic() < deadline:
+            if text := self._get([f"told/{what}"])[0]:
+                time.sleep(3 * _ASKED)
+                return text
+            time.sleep(_ASKED)  # a request that waits would hold up the notes of this rank
+        return ""
+
+    def _read(self, ranks: Sequence[int]) -> list[Sighting | None]:
+        notes = self._get([f"rank/{rank}" for rank in ranks])
+        return [Sighting(**json.loads(note)) if note else None for note in notes]
+
+    def _get(self, keys: Sequence[str]) -> list[str | None]:
+        """Values of keys, in two requests where all are there."""
+        store = self._store
+        if len(keys) > 1 and store.has_extended_api() and self._try(lambda: store.check(keys)):
+            found = self._try(lambda: store.multi_get(keys)) or [None] * len(keys)
+        else:
+            found = [self._try(lambda key=key: store.get(key) if store.check([key]) else None) for key in keys]
+        return [value.decode() if value is not None else None for value in found]
 
     def _try(self, request: Callable[[], T]) -> T | None:
         if self.gone:
@@ -151,8 +193,11 @@ def find_cause(found: Sequence[Sighting], hang: bool = True) -> tuple[str, str]:
     behind = min(each.sequence for each in running)
     late = [each for each in running if each.sequence == behind]
     waiting = [each for each in running if each.sequence > behind]
-    if not waiting:
-        return "all ranks", f"all ranks are {late[0].where}: it takes long, or the network or a device hangs"
+    if not waiting:  # perhaps for other threads
+        late = [each for each in running if each.at_work]
+        waiting = [each for each in running if each not in late]
+    if not late or not waiting:
+        return "all ranks", f"all ranks are {running[0].where}: it takes long, or the network or a device hangs"
     places = dict.fromkeys(each.where for each in waiting)
     verb = "waits" if len(waiting) == 1 else "wait"
     return _name(late), (

@@ -1,8 +1,9 @@
 """Says which rank is late or lost, and where, instead of leaving a run that hangs or a bare error of a collective.
 
 A daemon thread of each rank notes once a second where the rank is (place.py, sightings.py), through a connection of its
-own: training neither waits for it nor sends anything more. Notes of others are read when there is something to explain:
-this rank has not moved for `engine.stall_minutes`, or a collective has failed.
+own: training neither waits for it nor sends anything more. One rank reads the notes of the others when there is
+something to explain: it has not moved for `engine.stall_minutes`, or a collective has failed. The thread also ends slow
+work that hangs, for which ranks would wait without end (`Ranks.agree`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SILENT_BEATS = 3
 """A rank without a new note for as long does not answer."""
 GRACE = 20.0
 """Seconds that a rank has to end by itself when another has ended with an error."""
+STANDSTILL = 2.0
+"""Times `engine.timeout_minutes`, after which slow work that does not use a CPU hangs."""
 
 
 class LostRankError(RuntimeError):
@@ -47,9 +50,12 @@ class Watchdog:
     ) -> None:
         self._ranks, self._config, self._orphaned, self._planned = ranks, config, orphaned, planned
         self._stall = 60 * min(config.stall_minutes, config.timeout_minutes / 2)
+        self._limit = STANDSTILL * config.timeout_minutes
         self._board: Board | None = None
         self._over = threading.Event()
         self._beat = 0
+        self._hung = ""
+        """The error of slow work of this rank that hangs."""
         self._told = -1
         """The place, by its sequence, whose stall was reported."""
 
@@ -83,7 +89,7 @@ class Watchdog:
             self._note(ended)
 
     def _watch(self) -> None:
-        launcher, failed = _launcher(), 0.0
+        launcher, failure, failed = _launcher(), "", 0.0
         while not self._over.wait(BEAT):
             self._note()
             if launcher and os.getppid() != launcher:
@@ -93,33 +99,51 @@ class Watchdog:
             if time.monotonic() - HERE.since > self._stall and HERE.sequence != self._told:
                 self._told = HERE.sequence
                 self._report_stall()
-            failure = self._board.failure() if self._board else ""
-            if failure and not failed:
-                failed = time.monotonic()
+            if self._board and not failure:
+                self._check_slow_work()
+                failure, failed = self._board.failure(), time.monotonic()
             if failure and time.monotonic() - failed > GRACE:
-                self._say(f"ends because another rank did: {failure}")
+                self._say(f"ends by the error of {failure}")
                 os._exit(1)  # the main thread waits in a collective, perhaps on the device, that nobody will answer
+
+    def _check_slow_work(self) -> None:
+        """Report slow work that hangs as the error of this rank: all ranks end by it, this one too."""
+        seconds, work = HERE.standstill()
+        if seconds > 60 * self._limit:
+            self._hung = (
+                f"{work} hangs: for {seconds / 60:.1f} minutes it has not used a CPU, and the limit is {STANDSTILL:g} "
+                f"times engine.timeout_minutes={self._config.timeout_minutes:g}; look at the file system"
+            )
+            self._note()
+            self._say(f"error: {self._hung}. The same command continues from the last checkpoint")
 
     def _report_stall(self) -> None:
         since, minutes = HERE.since, (time.monotonic() - HERE.since) / 60
         if self._board is None:
             self._say(f"no progress for {minutes:.1f} minutes: {self._myself()}")
             return
+        if not self._board.claim(f"look at {HERE.sequence}"):  # of those who wait in the same place, one looks
+            return
         found = self._look()
         name, text = find_cause(found)
         behind = min(each.sequence for each in found)
         if HERE.since == since and self._board.claim(f"stall of {name} at {behind}"):
+            limit = f"After engine.timeout_minutes={self._config.timeout_minutes:g} the run ends"
+            if any(each.at_work for each in found if each.sequence == behind):
+                limit = f"After {self._limit:g} minutes in which that work does not use a CPU the run ends"
             self._say(
-                f"no progress for {minutes:.1f} minutes: {text}. After engine.timeout_minutes="
-                f"{self._config.timeout_minutes:g} the run ends; py-spy dump --pid PROCESS says where a process hangs"
+                f"no progress for {minutes:.1f} minutes: {text}. {limit}; py-spy dump --pid PROCESS says where a "
+                "process hangs"
             )
 
     def _explain(self, error: RuntimeError) -> str:
         """The message in place of an error of a collective."""
         timed_out = "imed out" in str(error)
-        name, text = find_cause(self._look(), hang=timed_out)
         if not self._board.claim("explanation"):
+            name = self._board.hear("cause") or "another rank"
             return f"ends because of {name}; the first rank that noticed says more"
+        name, text = find_cause(self._look(), hang=timed_out)
+        self._board.tell("cause", name)
         waited = ""
         if timed_out:
             waited = f" after engine.timeout_minutes={self._config.timeout_minutes:g}"
@@ -150,7 +174,7 @@ class Watchdog:
     def _note(self, ended: str = "") -> None:
         self._beat += 1
         if self._board is not None:
-            self._board.note(self._myself(ended))
+            self._board.note(self._myself(ended or self._hung))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self._ranks.rank}] " if self._ranks.world_size > 1 else ""

@@ -69,6 +69,16 @@ def test_the_cause_is_found(change: dict, name: str, said: str) -> None:
     assert find_cause(found)[0] == name and said in find_cause(found)[1]
 
 
+def test_a_rank_at_slow_work_is_the_cause_where_all_are_in_one_place() -> None:
+    found = [replace(SEEN, rank=rank, phase="saving a checkpoint") for rank in range(3)]
+    found[1] = replace(found[1], work="publishing a checkpoint")
+    name, said = find_cause(found)
+    assert name == "rank 1" and "in saving a checkpoint (publishing a checkpoint), after step 12" in said
+    assert "is late; ranks 0, 2 wait in saving a checkpoint" in said
+    assert find_cause([replace(each, work="publishing a checkpoint") for each in found])[0] == "all ranks"
+    assert find_cause([replace(each, collective="a sum over ranks") for each in found])[0] == "all ranks"
+
+
 def test_ranks_that_ended_because_of_others_are_no_cause() -> None:
     found = [SEEN, replace(SEEN, rank=1, ended=LOST), replace(SEEN, rank=2, silent=True)]
     assert find_cause(found)[0] == "rank 2"

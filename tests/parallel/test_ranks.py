@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ from sam2fast import recipe
 from sam2fast.config import Config, ConfigError, DatasetConfig, UserError
 from sam2fast.data.formats import sa1b
 from sam2fast.data.synthetic import write_dataset
-from sam2fast.parallel import Ranks, mesh
+from sam2fast.parallel import HERE, Ranks, mesh
 from sam2fast.parallel.fsdp import ranks_of_a_node
 
 
@@ -64,16 +65,53 @@ def test_ranks_that_wait_hear_from_those_at_work(monkeypatch: pytest.MonkeyPatch
                 threading.Event().wait(0.01)
             return ranks.rank
 
-        return ranks.agree(work, slow=True)
+        return ranks.agree(work, slow="work")
 
     assert on_both(body) == [0, 1]
+
+
+def test_who_waits_for_slow_work_is_seen_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "_STILL_BUSY", 0.01)
+    this, deadline = threading.current_thread(), time.monotonic() + 60
+    monkeypatch.setattr(threading, "main_thread", lambda: this)
+    ThreadRanks.barrier_of_threads.reset()
+    waiting, working = (ThreadRanks(rank, 2, rank, torch.device("cpu")) for rank in range(2))
+
+    def work() -> list[str]:
+        while HERE.collective != "slow work of other ranks" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first, since = ThreadRanks.rounds, HERE.since
+        while ThreadRanks.rounds < first + 3:  # which are no progress of the rank that waits
+            time.sleep(0.01)
+        return [HERE.collective, *(each.what for each in HERE.works if HERE.since == since)]
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(working.agree, work, slow="counting objects")
+        waiting.agree(lambda: None, slow="counting objects")
+        assert result.result() == ["slow work of other ranks", "counting objects"]
+    assert not HERE.works and not HERE.collective
+
+
+def test_ranks_in_a_group_of_their_own_use_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh.dist, "new_group", lambda **_: "its group")
+    used = []
+    monkeypatch.setattr(mesh.dist, "barrier", lambda group: used.append(group))
+    for name in ("all_reduce", "broadcast_object_list", "all_gather_object"):
+        monkeypatch.setattr(mesh.dist, name, lambda *_, group, **__: used.append(group))
+    ranks = Ranks(0, 2, 0, torch.device("cpu"))
+    for each in (ranks, ranks.beside(1.0)):
+        each.barrier()
+        each.sum(torch.zeros(1))
+        each.broadcast(1)
+        each.gather(1)
+    assert used == [None] * 4 + ["its group"] * 4
 
 
 def test_a_mistake_ends_both_ranks() -> None:
     def fail() -> None:
         raise UserError("a mistake")
 
-    mistake, ended = on_both(lambda ranks: ranks.agree(fail if ranks.main else int, slow=True))
+    mistake, ended = on_both(lambda ranks: ranks.agree(fail if ranks.main else int, slow="work"))
     assert isinstance(mistake, UserError) and isinstance(ended, SystemExit)
 
 

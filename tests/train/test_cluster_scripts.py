@@ -31,6 +31,7 @@ exit $largest""",
 }
 # Of two ranks, or launchers, the second takes longer to end.
 LAUNCHER = """printf '%s\\n' "$@" > "$CALLS/launcher.$SLURM_PROCID"
+echo "$SRUN_CPUS_PER_TASK" > "$CALLS/cpus.$SLURM_PROCID"
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE" > "$CALLS/variables.$SLURM_PROCID"
 code=0
 if [ -n "$STOP" ]; then
@@ -50,7 +51,7 @@ def submit(script: Path, folder: Path, stop: bool) -> tuple[int, list[str], str]
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
-    job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}
+    job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
     env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(folder), "STOP": "1" if stop else "", **job}
     arguments = ["configs/finetune.yaml", "model.checkpoint=x.pt", "data.root=/data"]
     done = subprocess.run(["bash", str(script), *arguments], cwd=folder, env=env, capture_output=True, text=True)
@@ -75,6 +76,7 @@ def test_a_stopped_run_is_requeued_and_a_finished_one_is_not(script: Path, tmp_p
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_its_command_is_accepted(script: Path, tmp_path: Path) -> None:
     _, arguments, _ = submit(script, tmp_path, stop=False)
+    assert (tmp_path / "cpus.1").read_text() == "12\n"
     if script.stem == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
