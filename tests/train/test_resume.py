@@ -67,11 +67,13 @@ def test_killed_runs_end_with_the_same_weights(
         *(f"engine={{kind: deepspeed, zero_stage: {stage}}}" for stage in range(4)),
     ],
 )
-def test_ten_kills_change_nothing(engine: str, tmp_path: Path, config: Path, synthetic: Path) -> None:
-    """Two ranks; a step that was reached before is killed while the run starts again."""
+def test_ten_kills_change_nothing(engine: str, tmp_path: Path, exact_config: Path, synthetic: Path) -> None:
+    """Two ranks and dropout; a step that was reached before is killed while the run starts again."""
     whole, output = tmp_path / "whole", tmp_path / "killed"
-    train(TWO_FORKED, config, synthetic, whole, engine)
-    arguments = command(TWO_FORKED, config, synthetic, output, engine)
+    settings = [engine, f"stages.0.steps={LAST_STEP}", "checkpoint.every=2", "model.drop_path=0.1"]
+    settings += ["model.memory_dropout=0.1"]
+    train(TWO_FORKED, exact_config, synthetic, whole, *settings)
+    arguments = command(TWO_FORKED, exact_config, synthetic, output, *settings)
     steps = sorted(random.SystemRandom().randint(1, LAST_STEP - 1) for _ in range(10))
     for step in steps:
         kill_at(arguments, output, step)
