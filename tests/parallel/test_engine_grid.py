@@ -65,7 +65,7 @@ def test_compiled_regions_with_every_engine(tmp_path: Path) -> None:
     cases = [
         {"name": name, "engine": engine, "accumulate": 1, "steps": 3, "compile": "aot_eager"}
         for name, engine in ENGINES.items()
-        if name not in ("hybrid, groups of 2", "ZeRO 0")
+        if name not in ("hybrid, groups of 2", "ZeRO 0", "ZeRO 3")  # ZeRO 3 refuses to be compiled
     ]
     check(compare(cases, tmp_path), cases)
 
