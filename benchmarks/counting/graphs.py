@@ -146,6 +146,6 @@ def _fake_ranks() -> Iterator[None]:
         yield
 
 
-def _all_reduce(x: torch.Tensor, async_op: bool = False) -> mock.Mock | None:
+def _all_reduce(x: torch.Tensor, group: None = None, async_op: bool = False) -> mock.Mock | None:
     x.mul_(1)
     return mock.Mock() if async_op else None

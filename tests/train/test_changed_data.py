@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sam2fast import recipe
-from sam2fast.checkpoint import load_state, save_state
+from sam2fast.checkpoint_header import load_state, save_state
 from sam2fast.cli import train
 from sam2fast.config import StageConfig, UserError
 from sam2fast.run_state import ResumeError, RunState
