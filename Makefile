@@ -27,7 +27,7 @@ PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
 env: $(VENV)/.package-$(PLACE)
 
 test: env
-	$(VENV)/bin/pytest -q --durations=10 --numprocesses=2 --dist=loadfile --benchmark-disable $(ARGS)
+	$(VENV)/bin/pytest -q --durations=10 --numprocesses=2 --dist=loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
 
 quickstart: env
 	$(VENV)/bin/sam2fast quickstart

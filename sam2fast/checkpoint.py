@@ -7,7 +7,6 @@ rank has finished, so a folder with a final name was complete once; `latest` fin
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import threading
@@ -20,7 +19,15 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint_files import SaveError, list_files, partial_folder, publish, put_back, saving
-from .checkpoint_header import FORMAT, find_fault, load_state, other_version, read_header, unreadable
+from .checkpoint_header import (
+    FORMAT,
+    find_fault,
+    load_state,
+    other_version,
+    read_header,
+    unreadable,
+    write_header,
+)
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
 from .parallel import HERE, Engine, EngineState, Ranks
@@ -135,7 +142,7 @@ class CheckpointStore:
 
         def finish() -> None:
             with _all_failures(final):
-                (partial / "state.json").write_text(json.dumps(header | {"files": files}, indent=1))
+                write_header(partial, header | {"files": files})
                 publish(partial, final)
 
         try:

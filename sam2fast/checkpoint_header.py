@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ FORMAT = 2
 
 def save_state(folder: Path, state: RunState) -> None:
     """Write `state` beside the weights of a finished stage, and a list of these."""
-    values = {"state": asdict(state), "files": list_files(folder, folder.glob("*.pt"))}
-    (folder / "state.json").write_text(json.dumps(values, indent=1))
+    write_header(folder, {"state": asdict(state), "files": list_files(folder, folder.glob("*.pt"))})
 
 
 def load_stage(folder: Path) -> RunState:
@@ -47,14 +47,33 @@ def load_state(folder: Path) -> RunState:
         raise other_version(folder) from None
 
 
+def write_header(path: Path, values: dict[str, Any]) -> None:
+    """Write state.json, with a checksum of all it says."""
+    text = json.dumps(values, indent=1)
+    (path / "state.json").write_text(json.dumps({"crc32": _checksum(json.loads(text))} | values, indent=1))
+
+
 def read_header(path: Path) -> dict[str, Any]:
+    """What `write_header` was given. Files of earlier versions have no checksum.
+
+    Raises:
+        ResumeError: it is missing or damaged, or cannot be read at present.
+    """
     try:
         header = json.loads((path / "state.json").read_text())
         if not isinstance(header, dict):
             raise ValueError("it holds no settings")
+        expected = header.pop("crc32", None)
+        if expected is not None and _checksum(header) != expected:
+            raise ValueError("its text is not that which was written")
         return header
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    """CRC-32 of what JSON says, however it is laid out."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def other_version(path: Path) -> ResumeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checkpoint import read_snapshot
@@ -12,7 +13,8 @@ from .checkpoint_files import saving, write_folder
 from .config import ConfigError
 from .models.architecture import SIZES, Architecture, architecture
 from .models.huggingface import save_huggingface
-from .models.official import describe, read_state, save_checkpoint, split_checkpoint, to_official
+from .models.official import check_state, describe, read_state, save_checkpoint, split_checkpoint, to_official
+from .models.sam2 import SAM2
 
 
 def export(
@@ -38,8 +40,11 @@ def export(
         What was written: the weights, or their averages.
 
     Raises:
-        UserError: `source` cannot be read or is no SAM 2, or `folder` exists or cannot be written.
+        UserError: `source` cannot be read or is no whole SAM 2, `image_size` cannot be, or `folder` exists or cannot
+            be written.
     """
+    if image_size is not None and (image_size < 32 or image_size % 32):
+        raise ConfigError(f"--image-size must be a positive multiple of 32, not {image_size}")
     if folder.exists():
         raise ConfigError(f"{folder} exists; give --out a new folder")
     settings, averaged = {"image_size": 1024, "multimask_tracking": True}, False
@@ -52,6 +57,8 @@ def export(
     given = {"image_size": image_size, "multimask_tracking": multimask_tracking}
     settings |= {name: value for name, value in given.items() if value is not None}
     arch = _architecture(state, source, settings)
+    with torch.device("meta"):
+        check_state(state, to_official(SAM2(arch).state_dict()), arch, source)
 
     def write(path: Path) -> None:
         if layout == "official":

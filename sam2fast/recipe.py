@@ -40,7 +40,7 @@ from .models.architecture import Architecture, architecture
 from .models.official import load_checkpoint, save_checkpoint, split_checkpoint
 from .models.sam2 import SAM2
 from .optim import build_groups, freeze
-from .parallel import HERE, Engine, Ranks, Watchdog, build_engine
+from .parallel import HERE, Engine, Ranks, Watchdog, build_engine, check_engine
 from .parallel.cuda_graphs import check_config
 from .parallel.engine import autocast, set_tf32
 from .performance import RECOMPUTE_LADDER, RecomputePolicy, automatic_budget
@@ -88,8 +88,7 @@ def run(config: Config, ranks: Ranks) -> Path:
 
 
 def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
-    if config.model.cuda_graphs:
-        ranks.agree(lambda: check_config(config, config.model.recompute, ranks.device))
+    ranks.agree(lambda: _check_settings(config, ranks))
     HERE.go("opening the data")
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
@@ -131,6 +130,15 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     HERE.go("writing the export", step=state.global_step)
     ranks.agree(lambda: _finish(config, folder) if ranks.main else None)
     return folder.path
+
+
+def _check_settings(config: Config, ranks: Ranks) -> None:
+    """Refuse, before anything is read or written, what cannot work with these ranks and this device."""
+    check_engine(config, ranks)
+    if config.model.cuda_graphs:
+        check_config(config, config.model.recompute, ranks.device)
+    if config.model.compile and (obstacle := library.compile_obstacle(ranks.device)):
+        raise ConfigError(f"model.compile {obstacle}, or set model.compile=false")
 
 
 def _decoder(config: Config, ranks: Ranks) -> DaliDecoder | None:
@@ -196,12 +204,6 @@ def build_model(config: Config, weights: str | Path | None = None) -> SAM2:
     return model
 
 
-def _compile(model: SAM2, device: torch.device) -> None:
-    if obstacle := library.compile_obstacle(device):
-        raise ConfigError(f"model.compile {obstacle}, or set model.compile=false")
-    model.compile_regions()
-
-
 def evaluate_checkpoint(config: Config, checkpoint: str | Path, ranks: Ranks) -> dict[str, float]:
     """Scores of a checkpoint on the validation sets of `config`, see `evaluation.validate`; overlays go to
     `output_dir`."""
@@ -227,7 +229,7 @@ def _train_stage(run: _Run, state: RunState, checkpoint: Path | None) -> None:
         check_config(config, policy or config.model.recompute, ranks.device)
         model.fix_sizes()
     if config.model.compile:
-        _compile(model, ranks.device)
+        model.compile_regions()
     freeze(model, stage.freeze)
     groups = build_groups(model, stage.optim)
     engine = build_engine(config.engine, stage.optim, ranks, model, groups, config.precision, stage.accumulate,

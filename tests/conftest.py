@@ -20,7 +20,12 @@ import sam2fast.compat  # noqa: F401  (before any test imports torchvision, timm
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+LONGEST_FIRST = ("train", "benchmarks", "parallel")
+"""Folders whose files take minutes: of two processes none must start one of them when the other is done."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -182,12 +182,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         CheckpointError: an unreadable file (see `read_state`), or one of another size or version.
     """
     state = read_state(path)
-    _check(state, to_official(model.state_dict()), model.arch, path)
+    check_state(state, to_official(model.state_dict()), model.arch, path)
     model.load_state_dict(from_official(state))
 
 
-def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: Architecture, path: Any) -> None:
-    """Compare names and shapes; one message that names the kind of model where that is what differs."""
+def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: Architecture, path: Any) -> None:
+    """Insist that `state`, read from `path`, has the names and shapes of `wanted`, an official state dict of `arch`.
+
+    Raises:
+        CheckpointError: it has not; the message names the kind of model where that is what differs.
+    """
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
     shapes = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
@@ -200,7 +204,8 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: Arch
     ]
     found, expected = describe(state), f"SAM {arch.version} {arch.size}"
     if found is None or found == expected:
-        problem, remedy = f"does not fit {expected}", "The file is damaged, or of another or a modified model"
+        problem = f"does not fit {expected}"
+        remedy = "The file is damaged, a part of a model (such as encoder.pt), or of a modified one"
     else:
         problem = f"looks like {found}, but the model is {expected}"
         remedy = "Set model.size and model.version to those of the file"
@@ -260,6 +265,6 @@ def load_components(model: nn.Module, folder: str | os.PathLike, parts: Iterable
     wanted = to_official(model.state_dict())
     for part, path, state in zip(parts, paths, states, strict=True):
         own = {name: value for name, value in wanted.items() if component_of(name) in FILES[part]}
-        _check(state, own, model.arch, path)
+        check_state(state, own, model.arch, path)
     for state in states:
         model.load_state_dict(from_official(state), strict=False)

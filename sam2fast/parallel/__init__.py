@@ -2,7 +2,7 @@
 
 from .agreement import StepAgreement
 from .cuda_graphs import CudaCapture, GraphedSteps
-from .engine import Engine, StepResult, build_engine
+from .engine import Engine, StepResult, build_engine, check_engine
 from .mesh import Ranks, setup, teardown
 from .place import HERE
 from .state import EngineState
@@ -20,6 +20,7 @@ __all__ = [
     "StepResult",
     "Watchdog",
     "build_engine",
+    "check_engine",
     "setup",
     "teardown",
 ]

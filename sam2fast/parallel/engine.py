@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import ConfigError, EngineConfig, OptimConfig
+from ..config import Config, ConfigError, EngineConfig, OptimConfig
 from .mesh import Ranks
 from .state import EngineState
 
@@ -99,11 +99,6 @@ def build_engine(
         ConfigError: settings that do not go together.
     """
     kind = resolve_kind(config)
-    if kind != "deepspeed" and (config.zero_stage is not None or config.deepspeed_config):
-        raise ConfigError(
-            f"engine.kind is {kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
-            "set engine.kind=deepspeed"
-        )
     if kind == "deepspeed":
         from .zero import DeepSpeedEngine
 
@@ -123,9 +118,37 @@ def build_engine(
     return AveragingEngine(engine, optim.ema)
 
 
+def check_engine(config: Config, ranks: Ranks) -> None:
+    """What `build_engine` would refuse, before data is opened and anything is written.
+
+    Raises:
+        ConfigError: settings that do not go together, with each other or with the number of ranks.
+    """
+    kind, settings = resolve_kind(config.engine), config.engine
+    if kind == "deepspeed":
+        from .zero import deepspeed_settings, import_deepspeed
+
+        for stage in config.stages:
+            deepspeed_settings(settings, stage.optim, stage.accumulate, config.model.compile)
+        import_deepspeed(ranks.device.type)
+    elif kind == "fsdp" and isinstance(settings.shard_size, int):
+        from .fsdp import check_shard_size
+
+        check_shard_size(settings.shard_size, ranks.world_size)
+
+
 def resolve_kind(config: EngineConfig) -> str:
-    """`torch`, `fsdp` or `deepspeed`, with `auto` decided by the settings and the launcher."""
+    """`torch`, `fsdp` or `deepspeed`, with `auto` decided by the settings and the launcher.
+
+    Raises:
+        ConfigError: an engine is named that has no such settings.
+    """
     if config.kind != "auto":
+        if config.kind != "deepspeed" and (config.zero_stage is not None or config.deepspeed_config):
+            raise ConfigError(
+                f"engine.kind is {config.kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+                "set engine.kind=deepspeed"
+            )
         return config.kind
     # The deepspeed launcher sets both, torchrun neither.
     launched = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ

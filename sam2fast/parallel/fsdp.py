@@ -268,12 +268,19 @@ def _mesh(config: EngineConfig, ranks: Ranks) -> DeviceMesh:
         return _build_mesh(dist.group.WORLD, ranks.device.type, (world,))
     if size == "node":
         size = ranks_of_a_node(ranks.gather(socket.gethostname()))
+    check_shard_size(size, world)
+    return _build_mesh(dist.group.WORLD, ranks.device.type, (world // size, size))
+
+
+def check_shard_size(size: int, world: int) -> None:
+    """Raises:
+    ConfigError: the ranks do not divide into groups of this size.
+    """
     if world % size:
         raise ConfigError(
             f"engine.shard_size is {size}, which does not divide the {world} ranks of this run; choose one of "
             f"{[n for n in range(1, world + 1) if world % n == 0]}"
         )
-    return _build_mesh(dist.group.WORLD, ranks.device.type, (world // size, size))
 
 
 def ranks_of_a_node(hosts: list[str]) -> int:

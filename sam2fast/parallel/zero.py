@@ -62,7 +62,8 @@ class DeepSpeedEngine(WholeState):
         accumulate: int,
         rebuild: Callable[[], nn.Module],
     ) -> None:
-        settings = deepspeed_settings(config, optim, accumulate)
+        compiled = any(part._compiled_call_impl for part in module.modules())
+        settings = deepspeed_settings(config, optim, accumulate, compiled)
         self.stage = settings["zero_optimization"]["stage"]
         self.offloads = _offloads(settings["zero_optimization"], "offload_optimizer")
         self.layout = {
@@ -71,22 +72,7 @@ class DeepSpeedEngine(WholeState):
             "precision": precision,
             "world_size": ranks.world_size,
         }
-        if optim.missing_grad == "skip":
-            raise ConfigError(
-                "optim.missing_grad=skip cannot work with DeepSpeed, which gives a zero gradient to parameters that a "
-                "batch does not reach; set optim.missing_grad=zero, engine.kind=torch or engine.kind=fsdp"
-            )
-        if self.stage == 3 and optim.ema is not None:
-            raise ConfigError(
-                "optim.ema cannot work with ZeRO stage 3, which keeps no whole weights to average; set "
-                "engine.zero_stage=2 or engine.kind=fsdp, or leave optim.ema empty"
-            )
-        if self.stage == 3 and any(part._compiled_call_impl for part in module.modules()):
-            raise ConfigError(
-                "model.compile cannot work with ZeRO stage 3, which gathers parameters around the call of every "
-                "module; set model.compile=false or engine.zero_stage=2"
-            )
-        deepspeed = _import_deepspeed(ranks.device.type)
+        deepspeed = import_deepspeed(ranks.device.type)
         self.ranks, self.rebuild = ranks, rebuild
         self.clip = optim.clip
         self.params = [p for group in groups for p in group["params"]]
@@ -195,11 +181,15 @@ class LossScale:
             self.value *= 2
 
 
-def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int) -> dict:
+def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int, compiled: bool = False) -> dict:
     """The DeepSpeed configuration: ours, under the entries of the user's file.
 
+    Args:
+        compiled: parts of the module run through torch.compile.
+
     Raises:
-        ConfigError: the file is missing, is not JSON, or sets an entry that sam2fast's own config decides.
+        ConfigError: the file is missing, is not JSON, or sets an entry that sam2fast's own config decides; or DeepSpeed
+            cannot do what the other arguments ask for.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -229,11 +219,30 @@ def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{config.deepspeed_config} sets ZeRO stage {stage!r}; choose 0, 1, 2 or 3")
     _place_states(settings, config)
+    _refuse_impossible(stage, optim, compiled)
     if config.reduce_dtype == "bfloat16":
         settings.setdefault("communication_data_type", "bf16")
     sharded = stage > 0
     settings["gradient_clipping"] = optim.clip or 0.0 if sharded else 0.0
     return settings
+
+
+def _refuse_impossible(stage: int, optim: OptimConfig, compiled: bool) -> None:
+    if optim.missing_grad == "skip":
+        raise ConfigError(
+            "optim.missing_grad=skip cannot work with DeepSpeed, which gives a zero gradient to parameters that a "
+            "batch does not reach; set optim.missing_grad=zero, engine.kind=torch or engine.kind=fsdp"
+        )
+    if stage == 3 and optim.ema is not None:
+        raise ConfigError(
+            "optim.ema cannot work with ZeRO stage 3, which keeps no whole weights to average; set "
+            "engine.zero_stage=2 or engine.kind=fsdp, or leave optim.ema empty"
+        )
+    if stage == 3 and compiled:
+        raise ConfigError(
+            "model.compile cannot work with ZeRO stage 3, which gathers parameters around the call of every "
+            "module; set model.compile=false or engine.zero_stage=2"
+        )
 
 
 def _place_states(settings: dict, config: EngineConfig) -> None:
@@ -277,7 +286,12 @@ def _read_json(path: str) -> dict:
     return value
 
 
-def _import_deepspeed(device: str) -> Any:
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed for this kind of device.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device)
     try:
         import deepspeed

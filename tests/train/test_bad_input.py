@@ -17,6 +17,7 @@ from sam2fast.cli import train
 from sam2fast.models.architecture import architecture
 from sam2fast.models.official import save_checkpoint
 from sam2fast.models.sam2 import SAM2
+from sam2fast.train import main as train_main
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,6 @@ def test_damaged_data(
         ("model.sise=tiny", ["model.sise", "did you mean 'size'"]),
         ("stages.0.data.0.frames=0", ["stages.0.data.0.frames", "0"]),
         ("stages.0.optim.lr=-1", ["stages.0.optim.lr", "-1"]),
-        ("stages.0.freeze=[memori]", ["memori", "memory"]),
         ("device=cuda", ["device", "device=cpu"]),
         ("stages.0.optim.missing_grad=skip engine.kind=deepspeed", ["missing_grad", "zero"]),
         ("engine.deepspeed_config=nowhere.json", ["nowhere.json"]),
@@ -101,14 +101,33 @@ def test_damaged_data(
         ("engine.kind=fsdp engine.shard_size=2", ["engine.shard_size is 2", "1 ranks", "[1]"]),
         ("engine.shard_size=2", ["engine.kind is auto", "engine.kind=fsdp"]),
         ("engine.offload_optimizer=true engine.zero_stage=0", ["stage 0", "engine.zero_stage=1"]),
+        ("engine.zero_stage=3 stages.0.optim.ema=0.9", ["optim.ema", "engine.zero_stage=2"]),
+        ("engine.zero_stage=3 model.compile=true", ["model.compile", "engine.zero_stage=2"]),
     ],
 )
 def test_impossible_settings(
-    override: str, named: list[str], synthetic: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    override: str, named: list[str], exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
+    """Said before the data, which is not there, is looked for, and before anything is written."""
     if override == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    check(exact_config, [f"data.root={synthetic}", f"output_dir={tmp_path}/run", *override.split()], named, capfd)
+    output = tmp_path / "run"
+    check(exact_config, [f"data.root={tmp_path}/none", f"output_dir={output}", *override.split()], named, capfd)
+    assert not output.exists()
+
+
+def test_frozen_parameters_that_do_not_exist(
+    synthetic: Path, exact_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    overrides = [f"data.root={synthetic}", f"output_dir={tmp_path}/run", "stages.0.freeze=[memori]"]
+    check(exact_config, overrides, ["memori", "memory"], capfd)
+
+
+def test_an_engine_beside_the_option_of_another(exact_config: Path, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_main(["--config", str(exact_config), "--deepspeed", "engine.kind=torch"])
+    assert ended.value.code == 2
+    assert "--deepspeed and --deepspeed_config choose DeepSpeed, but engine.kind=torch" in capfd.readouterr().err
 
 
 class Payload:

@@ -54,6 +54,20 @@ def test_a_hugging_face_configuration_is_that_of_the_run(checkpoint: Path, tmp_p
         assert (config["image_size"], config["multimask_output_for_tracking"]) == (side, multimask)
 
 
+@pytest.mark.parametrize("layout", ["official", "huggingface"])
+def test_a_part_of_a_model_is_no_model(checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    part = checkpoint.parents[1] / "export" / "encoder.pt"
+    done = export(part, tmp_path / "out", "--layout", layout)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    assert "encoder.pt does not fit SAM 2.0 micro" in done.stderr and "a part of a model" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_size_that_cannot_be(checkpoint: Path, tmp_path: Path) -> None:
+    done = export(checkpoint, tmp_path / "out", "--layout", "huggingface", "--image-size", "50")
+    assert done.returncode == 2 and done.stderr == "error: --image-size must be a positive multiple of 32, not 50\n"
+
+
 @pytest.mark.parametrize("damage", ["run", "empty", "metadata", "half"])
 def test_what_is_no_whole_checkpoint_is_one_error(checkpoint: Path, tmp_path: Path, damage: str) -> None:
     source = tmp_path / "step_00000002"

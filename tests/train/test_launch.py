@@ -91,7 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, exact_config: Path, syntheti
         (TWO_FORKED, ["stages.0.data.0.batch_size=2"]),
         (FORKED, ["stages.0.data.0.batch_size=2", "stages.0.accumulate=2"]),
         (TWO_FORKED, ["stages.0.accumulate=2", "engine.zero_stage=2"]),
-        (TWO_FORKED, ["stages.0.data.0.batch_size=2", "engine.zero_stage=3"]),
+        pytest.param(TWO_FORKED, ["stages.0.data.0.batch_size=2", "engine.zero_stage=3"], marks=pytest.mark.exhaustive),
     ],
     ids=["two ranks", "two micro-steps", "both, ZeRO-2", "two ranks, ZeRO-3"],
 )
@@ -124,7 +124,9 @@ def test_evaluate_gives_the_scores_of_the_last_validation(runs: dict[str, Path],
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("launcher", [FORKED, TWO_FORKED], ids=["torch", "deepspeed-2"])
+@pytest.mark.parametrize(
+    "launcher", [FORKED, pytest.param(TWO_FORKED, marks=pytest.mark.exhaustive)], ids=["torch", "deepspeed-2"]
+)
 def test_low_precision_follows_float32(
     precision: str,
     launcher: list[str],
@@ -133,7 +135,7 @@ def test_low_precision_follows_float32(
     synthetic: Path,
     whole: dict[int, dict[int, float]],
 ) -> None:
-    """One rank with the torch engine, and two with DeepSpeed's."""
+    """One rank with the torch engine, and two with DeepSpeed's (which parallel/test_engines.py compares too)."""
     overrides = [f"precision={precision}", "stages.0.steps=3"]
     if launcher is TWO_FORKED:
         overrides.append("engine.kind=deepspeed")
