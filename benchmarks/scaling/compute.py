@@ -43,7 +43,10 @@ def counted_seconds(size: str, gpu: Gpu) -> dict[str, float]:
         if (row["size"], row["batch"], row["off"], row["recompute"]) == (size, "video", "none", "none")
     ]
     if not rows:
-        raise LookupError(f"results/step_parts.csv has no video step of {size}: python benchmarks/count_step.py --save")
+        raise LookupError(
+            f"results/step_parts.csv has no video step of {size}: "
+            f"python benchmarks/count_step.py --size {size} --recompute none --save"
+        )
     return {
         row["part"]: sum(
             max(float(row[f"{way}_flops"]) / gpu.flops, float(row[f"{way}_bytes"]) / gpu.bytes)

@@ -25,6 +25,7 @@ from harness.command import OneLineParser  # noqa: E402  (harness first: it make
 
 from scaling import program, tables  # noqa: E402
 from scaling.collectives import totals  # noqa: E402
+from scaling.command import SIZES, failure, gpus, positive  # noqa: E402
 from scaling.engines import SETTINGS  # noqa: E402
 from scaling.network import sent  # noqa: E402
 
@@ -43,15 +44,16 @@ sharded ones, those of the forward and of the backward pass are gathered in floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="dry_run.py", description=__doc__.splitlines()[0])
-    sizes = ("micro", "tiny", "small", "base_plus", "large")
-    parser.add_argument("--size", nargs="+", choices=sizes, default=["base_plus"], help="of the model")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["base_plus"], help="of the model")
     parser.add_argument("--engine", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--ranks", nargs="+", type=int, default=[256], help="numbers of ranks, 8 on a node")
-    parser.add_argument("--frames", type=int, default=2, help="of the clip")
+    parser.add_argument("--ranks", nargs="+", type=gpus, default=[256], help="numbers of ranks, 8 on a node")
+    parser.add_argument("--frames", type=positive, default=2, help="of the clip")
     parser.add_argument("--no-save", action="store_true", help="leave results/ alone")
     args = parser.parse_args(argv)
     if min(args.ranks) < 2:
         parser.error("--ranks must be 2 or more: one rank communicates with nobody")
+    if args.frames < 2:
+        parser.error("--frames must be 2 or more, not 1: the masks of the first frame are given, so it has no loss")
     wanted = [(size, engine, ranks) for size in args.size for engine in args.engine for ranks in args.ranks]
     options = ["--frames", str(args.frames), *(["--no-save"] if args.no_save else [])]
     if len(wanted) > 1:
@@ -68,9 +70,7 @@ def _in_own_process(size: str, engine: str, ranks: int, options: list[str], pars
     chosen = ["--size", size, "--engine", engine, "--ranks", str(ranks)]
     done = subprocess.run([sys.executable, __file__, *chosen, *options], capture_output=True, text=True)
     if done.returncode:
-        parser.error(
-            f"{engine}, {size}, {ranks} ranks cannot be traced: {(done.stderr.strip() or '?').splitlines()[-1]}"
-        )
+        parser.error(f"{engine}, {size}, {ranks} ranks cannot be traced: {failure(done.stderr)}")
     print(next(line for line in done.stdout.splitlines() if "traced in" in line), flush=True)
     return json.loads(done.stdout.splitlines()[-1])["rows"]
 

@@ -36,16 +36,21 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 
 from scaling import tables  # noqa: E402
+from scaling.command import failure, positive  # noqa: E402
 from scaling.engines import SETTINGS  # noqa: E402
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(args.folder or name).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--folder {folder} cannot be made: {error.strerror}; name a folder")
         _write_data(folder / "data", args)
         rows: list[dict[str, Any]] = []
         for mode in args.mode:
@@ -69,23 +74,23 @@ class MeasureError(RuntimeError):
     """A run that failed, or cannot be started."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(prog="measure.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", nargs="+", type=_positive, default=[1, 2], help="numbers of ranks")
+    parser.add_argument("--ranks", nargs="+", type=positive, default=[1, 2], help="numbers of ranks")
     parser.add_argument("--engine", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--mode", nargs="+", choices=("weak", "strong"), default=["weak"])
     parser.add_argument("--size", default="micro", help="model.size")
-    parser.add_argument("--side", type=_positive, default=128, help="of the images, in pixels; a multiple of 32")
-    parser.add_argument("--frames", type=_positive, default=4, help="of a clip")
-    parser.add_argument("--objects", type=_positive, default=2, help="of a clip, at most")
-    parser.add_argument("--batch", type=_positive, default=1, help="videos of a rank")
-    parser.add_argument("--steps", type=_positive, default=30, help="that are timed")
-    parser.add_argument("--warm-up", type=_positive, default=6, help="steps before them")
+    parser.add_argument("--side", type=positive, default=128, help="of the images, in pixels; a multiple of 32")
+    parser.add_argument("--frames", type=positive, default=4, help="of a clip")
+    parser.add_argument("--objects", type=positive, default=2, help="of a clip, at most")
+    parser.add_argument("--batch", type=positive, default=1, help="videos of a rank")
+    parser.add_argument("--steps", type=positive, default=30, help="that are timed")
+    parser.add_argument("--warm-up", type=positive, default=6, help="steps before them")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of a rank; 0 loads in the rank itself")
-    parser.add_argument("--threads", type=_positive, default=1, help="of a rank on a CPU")
-    parser.add_argument("--videos", type=_positive, default=16, help="that are made to train on")
+    parser.add_argument("--threads", type=positive, default=1, help="of a rank on a CPU")
+    parser.add_argument("--videos", type=positive, default=16, help="that are made to train on")
     parser.add_argument("--launcher", help="starts worker.py on {ranks} ranks; default: torchrun on this machine")
     parser.add_argument("--folder", help="for data and runs; default: a temporary one")
     parser.add_argument("--no-save", action="store_true", help="leave results/ alone")
@@ -93,12 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="of the config, for example model.compile=true"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
-    return int(text)
 
 
 def _write_data(folder: Path, args: argparse.Namespace) -> None:
@@ -147,20 +146,40 @@ def _measure(args: argparse.Namespace, folder: Path, mode: str, engine: str, ran
         batch = total // ranks
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run = Path(name)
-        (run / "config.yaml").write_text(json.dumps(_config(args, run, batch)))  # JSON is YAML
+        config = run / "config.yaml"
+        config.write_text(json.dumps(_config(args, run, batch)))  # JSON is YAML
         default = f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc_per_node {{ranks}}"
-        command = shlex.split((args.launcher or default).format(ranks=ranks))
-        command += [str(WORKER), "--config", str(run / "config.yaml")]
+        command = _launcher(args.launcher or default, ranks)
+        command += [str(WORKER), "--config", str(config)]
         command += [*(f"engine.{name}={value}" for name, value in SETTINGS[engine].items()), *args.overrides]
-        environment = os.environ | {"RECORD": str(run / "record"), "OMP_NUM_THREADS": str(args.threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "rror" in line] or done.stderr.splitlines()[-1:]
-            raise MeasureError(f"{engine} on {ranks} ranks: {' | '.join(lines[:2])}")
-        found = [json.loads((run / f"record.{rank}").read_text()) for rank in range(ranks)]
+        environment = {"RECORD": str(run / "record"), "OMP_NUM_THREADS": str(args.threads)}
+        if reason := _run(command, environment):
+            raise MeasureError(f"--engine {engine} --ranks {ranks}: {reason.removeprefix(f'{config}: ')}")
+        records = [run / f"record.{rank}" for rank in range(ranks)]
+        if missing := sum(not record.is_file() for record in records):
+            raise MeasureError(f"{missing} of {ranks} ranks wrote no times; --launcher must start one process for each")
+        found = [json.loads(record.read_text()) for record in records]
     setting = {"mode": mode, "engine": engine, "ranks": ranks, "size": args.size, "side": args.side}
     setting |= {"frames": args.frames, "objects": args.objects, "batch": batch, "precision": args.precision}
     return setting | tables.measured_figures(found, args.warm_up) | tables.origin(found[0]["device"], args.threads)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    """Nothing, or why it failed."""
+    try:
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    except OSError as error:
+        raise MeasureError(f"--launcher cannot be started: {error}; name a command of this machine") from error
+    return failure(done.stderr) if done.returncode else ""
+
+
+def _launcher(text: str, ranks: int) -> list[str]:
+    try:
+        return shlex.split(text.format(ranks=ranks))
+    except (LookupError, ValueError) as error:
+        raise MeasureError(
+            f"--launcher cannot be read: {error} in {text!r}; close its quotes, use no braces but in {{ranks}}"
+        ) from error
 
 
 if __name__ == "__main__":

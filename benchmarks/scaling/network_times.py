@@ -19,6 +19,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 
+from scaling.command import failure  # noqa: E402
+
 SIZES = (4 * 2**10, 64 * 2**10, 2**20, 4 * 2**20, 16 * 2**20, 48 * 2**20)
 """Bytes of whole buffers."""
 ROUNDS, WARM_UP = 15, 3
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True)
     if done.returncode:
-        parser.error(f"timing on {args.ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
+        parser.error(f"timing on {args.ranks} ranks failed: {failure(done.stderr)}")
     from scaling import tables
     from scaling.network import fit
 

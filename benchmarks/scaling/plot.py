@@ -1,18 +1,17 @@
 """Draw docs/scaling.png from results/scaling_predicted.csv, scaling_checked.csv, scaling_measured.csv and
-profile_step_h100.csv.
-
-python benchmarks/scaling/plot.py
-"""
+profile_step_h100.csv: `python benchmarks/scaling/plot.py`, or with --out another file."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import harness  # noqa: E402, F401  (makes both packages importable)
+from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -31,14 +30,25 @@ COLUMNS = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OneLineParser(prog="plot.py", description="Draw the curves of docs/scaling.md from results/.")
+    parser.add_argument("--out", type=_png, default=OUTPUT, help="the image, .png; default: docs/scaling.png")
+    args = parser.parse_args(argv)
     predicted = tables.read(tables.PREDICTED)
     if not predicted:
-        print("error: results/scaling_predicted.csv is missing: python benchmarks/scaling/predict.py", file=sys.stderr)
-        return 2
-    draw(predicted, tables.read(tables.CHECKED), OUTPUT)
-    print(OUTPUT.relative_to(OUTPUT.parents[1]))
+        parser.error("results/scaling_predicted.csv is missing: python benchmarks/scaling/predict.py")
+    try:
+        draw(predicted, tables.read(tables.CHECKED), args.out)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be written: {error.strerror}; choose a file in a folder that is there")
+    print(args.out)
     return 0
+
+
+def _png(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png, not {text!r}")
+    return Path(text)
 
 
 def draw(predicted: list[dict[str, str]], checked: list[dict[str, str]], output: Path) -> None:
@@ -116,8 +126,8 @@ def _caption(predicted: list[dict[str, str]]) -> str:
         "3 objects a GPU, 1024 px, bfloat16, nothing recomputed; no data loading.\n"
         f"Compute: counted FLOPs and bytes at the A100's peak rates x {factor:.2f}, the factor by which a step of B+ "
         "on one H100 (star) missed the H100's. Network: 227 GB/s in a node,\n192 GB/s between nodes of 8 A100s, "
-        "latencies of benchmarks/scaling/network.py; collectives as traced. Ranks vary by 1.5 % (assumed); solid: "
-        "3 objects on every GPU; dotted: 1, 2 or 3 at random."
+        "latencies of benchmarks/scaling/network.py; collectives of a trace, rescaled (docs/scaling.md). Ranks vary by "
+        "1.5 % (assumed); solid: 3 objects on every GPU; dotted: 1, 2 or 3 at random."
     )
 
 

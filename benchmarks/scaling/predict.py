@@ -4,11 +4,12 @@
     python benchmarks/scaling/predict.py --factor 1 --no-save  # kernels that reach the limits of the GPU
     python benchmarks/scaling/predict.py --check               # this machine: measured ranks beside their prediction
 
-Traced collectives (dry_run.py), compute (compute.py), a network (network.py) and the variation between ranks
-(timeline.Stragglers) give the time of a step. Nothing of it is measured on more than one GPU. --check uses the same
-code for the ranks that measure.py measured here: compute of one rank, and the collectives that network_times.py timed,
-predict several ranks. The last line is one JSON object with all rows; they go to results/scaling_predicted.csv, or with
---check to results/scaling_checked.csv. `python benchmarks/scaling/plot.py` draws both.
+Traced collectives (dry_run.py) rescaled to each number of GPUs, compute (compute.py), a network (network.py) and the
+variation between ranks (timeline.Stragglers) give the time of a step. Nothing of it is measured on more than one GPU.
+--check uses the same code for the ranks that measure.py measured here: compute of one rank, and the collectives that
+network_times.py timed, predict several ranks. The last line is one JSON object with all rows; they go to
+results/scaling_predicted.csv, or with --check to results/scaling_checked.csv. `python benchmarks/scaling/plot.py` draws
+both.
 """
 
 from __future__ import annotations
@@ -24,23 +25,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 
-from scaling import compute, tables  # noqa: E402
+from scaling import command, compute, tables  # noqa: E402
 from scaling.collectives import Collective  # noqa: E402
 from scaling.network import A100, Line, Measured, sent  # noqa: E402
 from scaling.timeline import Stragglers, step_time  # noqa: E402
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-NODE = 8
+NODE = A100.gpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="predict.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", choices=("tiny", "base_plus", "large"), default=["base_plus", "large"])
-    parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), help="numbers of GPUs, 8 on a node")
-    parser.add_argument("--factor", type=float, help="compute over its counted limit; default: as measured on an H100")
-    parser.add_argument("--jitter", type=float, default=Stragglers.jitter, help="of compute between ranks, a share")
-    parser.add_argument("--check", action="store_true", help="predict what measure.py measured here")
-    parser.add_argument("--no-save", action="store_true", help="leave results/ alone")
+    parser = _parser()
     args = parser.parse_args(argv)
     try:
         rows = check() if args.check else predict(args.size, args.gpus, args.factor, args.jitter)
@@ -54,6 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="predict.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", choices=command.SIZES, default=["base_plus", "large"], help="of the model")
+    counts = f"numbers of GPUs: 1 to {NODE}, or a multiple of {NODE}, which is whole nodes"
+    parser.add_argument("--gpus", nargs="+", type=command.gpus, default=list(GPUS), help=counts)
+    factor = "compute over its counted limit, above 0; default: as measured on an H100"
+    parser.add_argument("--factor", type=command.factor, help=factor)
+    jitter = "of compute between ranks, a share from 0 to below 1"
+    parser.add_argument("--jitter", type=command.share, default=Stragglers.jitter, help=jitter)
+    parser.add_argument("--check", action="store_true", help="predict what measure.py measured here")
+    parser.add_argument("--no-save", action="store_true", help="leave results/ alone")
+    return parser
+
+
 KEYS = ("size", "engine", "gpus", "objects")
 HIDDEN = ("factor", "ms_compute", "videos_per_s")
 """Columns of the file that the table on the screen leaves out."""
@@ -62,15 +71,16 @@ HIDDEN = ("factor", "ms_compute", "videos_per_s")
 def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jitter: float) -> list[dict[str, Any]]:
     """Weak scaling of a video step, 8 frames and at most 3 objects a GPU, on A100 nodes.
 
-    `objects` of a row: `equal`, each GPU has 3, or `vary`, see compute.object_probabilities.
+    `objects` of a row: `equal`, each GPU has 3, or `vary`, see compute.object_probabilities. `traced_ranks`: of the
+    trace that it is rescaled from.
 
     Raises:
         LookupError: no engine was traced for a size, or its step was not counted.
     """
     measured = compute.measured_step()
-    factor = factor or measured["factor"]
+    factor = measured["factor"] if factor is None else factor
     rows = []
-    for size in sizes:
+    for size in dict.fromkeys(sizes):
         traces = [line for line in tables.read_traces() if line["size"] == size]
         if not traces:
             raise LookupError(f"no engine was traced for {size}: python benchmarks/scaling/dry_run.py --size {size}")
@@ -86,7 +96,7 @@ def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jit
             ),
         }
         for engine in dict.fromkeys(line["engine"] for line in traces):
-            for count in sorted(gpus):
+            for count in sorted(set(gpus)):
                 line = nearest(traces, engine, count)
                 traced = [on_gpu(one, engine) for one in line["collectives"]]
                 found = [moved for one in traced if (moved := rescaled(one, line["world_size"], count))]
@@ -95,6 +105,7 @@ def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jit
                     timed = step_time(found, A100, seconds, stragglers)
                     figures = _figures(timed, count, seconds, per_clip, found)
                     rows.append({**setting, **figures, "memory_gb": memory(line, found, count) / 1e9, "factor": factor})
+                    rows[-1]["traced_ranks"] = line["world_size"]
     return rows
 
 
@@ -121,18 +132,18 @@ def on_gpu(one: Collective, engine: str) -> Collective:
 def rescaled(one: Collective, traced: int, ranks: int) -> Collective | None:
     """A collective of a step on `traced` ranks as it is on `ranks`, nothing where it has a rank alone.
 
-    Groups are all ranks, those of a node, or the ranks with the same place in their nodes. Buffers stay as they are,
-    but for those that hold one shard of a node.
+    Groups are all ranks, those of a node, or the ranks with the same place in their nodes. All else stays as it was
+    traced: how many collectives there are, their places in the step, and their buffers with their padding.
     """
     if traced == ranks:
         return one
     if one.ranks == traced:
-        group, stride, size = ranks, 1, one.size
+        group, stride = ranks, 1
     elif one.stride == 1:
-        group, stride, size = min(NODE, ranks), 1, one.size
+        group, stride = min(NODE, ranks), 1
     else:
-        group, stride, size = ranks // NODE, NODE, one.size
-    return replace(one, ranks=group, stride=stride, size=size) if group > 1 else None
+        group, stride = ranks // NODE, NODE
+    return replace(one, ranks=group, stride=stride) if group > 1 else None
 
 
 def memory(line: dict, collectives: Sequence[Collective], ranks: int) -> float:

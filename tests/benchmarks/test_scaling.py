@@ -21,7 +21,7 @@ def scaling():
     """Modules of benchmarks/scaling by name."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("network", "timeline", "collectives", "tables", "predict", "compute", "plot")
+        names = "network timeline collectives tables predict compute plot dry_run measure command".split()
         yield {name: importlib.import_module(f"scaling.{name}") for name in names}
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -121,6 +121,18 @@ def test_a_step_on_fewer_ranks_than_were_traced(scaling):
     assert predict.rescaled(whole, 256, 1) is None
 
 
+@pytest.mark.parametrize(
+    "engine, gpus, traced",
+    [("fsdp", 1, 2), ("fsdp", 2, 2), ("fsdp", 8, 16), ("fsdp", 16, 16), ("fsdp", 64, 256), ("fsdp", 512, 256)]
+    # In a node hybrid sharding has one group: it does not show which collectives cross nodes.
+    + [("hybrid", 1, 16), ("hybrid", 2, 2), ("hybrid", 8, 16), ("hybrid", 32, 256)],
+)
+def test_the_trace_of_the_nearest_number_of_ranks_from_above_is_used(scaling, engine, gpus, traced):
+    traces = [{"engine": name, "world_size": ranks} for ranks in (256, 2, 16) for name in ("fsdp", "hybrid")]
+    found = scaling["predict"].nearest(traces, engine, gpus)
+    assert (found["engine"], found["world_size"]) == (engine, traced)
+
+
 @pytest.mark.parametrize("share, ranks", [(1.0, 256), (2 / 3, 16), (0.0, 8)])
 def test_states_shrink_as_they_are_sharded(scaling, share, ranks):
     whole, predict = 1200.0, scaling["predict"]
@@ -133,6 +145,103 @@ def test_states_shrink_as_they_are_sharded(scaling, share, ranks):
 
 
 # --- the commands
+
+
+@pytest.mark.parametrize(
+    "module, arguments, message",
+    [
+        ("predict", "--gpus 0", "--gpus: must be 1 to 8 or a multiple of 8, not '0'"),
+        ("predict", "--gpus 8 12", "not '12'"),
+        ("predict", "--gpus 100", "not '100'"),
+        ("predict", "--gpus -8", "not '-8'"),
+        ("predict", "--factor 0", "--factor: must be a finite number above 0, not '0'"),
+        ("predict", "--factor -1", "not '-1'"),
+        ("predict", "--factor nan", "not 'nan'"),
+        ("predict", "--factor inf", "not 'inf'"),
+        ("predict", "--jitter -1", "--jitter: must be 0 or more and below 1, for example 0.015, not '-1'"),
+        ("predict", "--jitter nan", "not 'nan'"),
+        ("predict", "--jitter 1", "not '1'"),
+        ("predict", "--size small", "dry_run.py --size small"),
+        ("dry_run", "--frames 0", "--frames: must be a positive number, not '0'"),
+        ("dry_run", "--frames -1", "not '-1'"),
+        ("dry_run", "--frames 1", "--frames must be 2 or more, not 1"),
+        ("dry_run", "--ranks 12", "not '12'"),
+        ("dry_run", "--ranks 1", "--ranks must be 2 or more"),
+        ("measure", "--frames 0", "--frames: must be a positive number, not '0'"),
+        ("measure", "--folder /dev/null", "--folder /dev/null cannot be made"),
+        ("plot", "--out curves.svg", "must end in .png, not 'curves.svg'"),
+        ("plot", "--out /dev/null/curves.png", "--out /dev/null/curves.png cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_one_error(scaling, monkeypatch, capsys, module, arguments, message):
+    monkeypatch.setattr(scaling["tables"], "read_traces", list)
+    save = [] if module == "plot" else ["--no-save"]
+    with pytest.raises(SystemExit) as stopped:
+        scaling[module].main([*arguments.split(), *save])
+    written = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert written.startswith("error: ") and written.count("\n") == 1 and message in written
+
+
+@pytest.mark.parametrize(
+    "launcher, message", [("true", "1 of 1 ranks wrote no times"), ("no-such-launcher", "cannot be started")]
+)
+def test_a_launcher_that_starts_no_ranks_is_one_error(scaling, capsys, launcher, message):
+    options = "--ranks 1 --engine torch --side 32 --frames 1 --videos 1 --no-save".split()
+    assert scaling["measure"].main([*options, "--launcher", launcher]) == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: ") and written.count("\n") == 1 and message in written
+
+
+TORCHRUN = f"""\
+Traceback (most recent call last):
+  File "torch/distributed/elastic/multiprocessing/errors/__init__.py", line 367, in wrapper
+    return f(*args, **kwargs)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:{" "}
+============================================================
+[0]:
+  exitcode  : -9 (pid: 26542)
+  traceback : Signal 9 (SIGKILL) received by PID 26542
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    "written, reason",
+    [
+        ("NOTE\n[rank 1] error: model.size: Input should be 'micro'\n  stages is required\n", "model.size: Input"),
+        ("error: device is 'cuda'\n", "device is 'cuda'"),
+        ("[rank0]: Traceback (most recent call last):\n[rank0]: a.b.ConfigError: no such key\n", "a.b.ConfigError: no"),
+        ("MemoryError\n", "MemoryError"),
+        ("", "traceback : Signal 9 (SIGKILL)"),
+    ],
+)
+def test_the_reason_of_a_failed_launch_is_what_a_rank_wrote(scaling, written, reason):
+    assert scaling["command"].failure(written + TORCHRUN).startswith(reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--size foo", "model.size: Input should be"),
+        ("--side 50", "model.image_size: must be a multiple of 32"),
+        ("model.sizee=3", "unknown key 'model.sizee'"),
+    ],
+)
+def test_a_refusal_of_the_trainer_is_shown(scaling, capsys, arguments, message):
+    options = "--ranks 1 --engine torch --steps 2 --warm-up 1 --side 64 --frames 3 --videos 4 --no-save".split()
+    assert scaling["measure"].main([*options, *arguments.split()]) == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: --engine torch --ranks 1: ") and written.count("\n") == 1 and message in written
+
+
+def test_help_of_the_plot_draws_nothing(scaling, monkeypatch, capsys):
+    monkeypatch.setattr(scaling["plot"], "draw", lambda *_: pytest.fail("it drew"))
+    with pytest.raises(SystemExit) as stopped:
+        scaling["plot"].main(["--help"])
+    assert stopped.value.code == 0
+    assert "--out" in capsys.readouterr().out
 
 
 def run(script: str, *arguments: str) -> dict:
@@ -162,6 +271,7 @@ def test_curves_are_predicted_and_drawn(scaling, tmp_path):
     assert torch[256]["videos_per_s"] > 20 * torch[8]["videos_per_s"]
     vary = next(row for row in rows if (row["engine"], row["gpus"], row["objects"]) == ("torch", 256, "vary"))
     assert vary["efficiency"] < torch[256]["efficiency"]
+    assert all(row["traced_ranks"] >= row["gpus"] for row in rows)
     scaling["plot"].draw(
         [{name: str(value) for name, value in row.items()} for row in rows], [], tmp_path / "curves.png"
     )
