@@ -1,7 +1,8 @@
 # Set-up, tests and quickstart. Every target does its own set-up, says what it does and can be repeated.
 #
 #   make env         create .venv with pinned versions and install sam2fast into it, editable
-#   make test        all tests, in two processes (ARGS="-m 'not slow'" or ARGS=tests/kernels for a part)
+#   make test        the tests, in two processes (ARGS="-m 'not slow'" or ARGS=tests/kernels for a part, ARGS="-m exhaustive"
+#                    for the grids that take an hour and more)
 #   make quickstart  synthetic data, three training stages, validation and export on a CPU
 #   make bench       the mask loss beside official PyTorch code (ARGS="click_sampling --threads 2": see benchmarks/)
 #   make clean       remove .venv and what builds leave behind

@@ -236,6 +236,11 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _settings_of_the_kind(self) -> EngineConfig:
+        if self.kind in ("torch", "fsdp") and (self.zero_stage is not None or self.deepspeed_config):
+            raise ValueError(
+                f"engine.kind is {self.kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
+                "set engine.kind=deepspeed"
+            )
         if self.offload_optimizer and self.kind in ("torch", "fsdp"):
             raise ValueError(
                 f"engine.offload_optimizer is true and engine.kind is {self.kind}, but only DeepSpeed has it; set "

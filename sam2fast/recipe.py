@@ -14,7 +14,7 @@ The run folder:
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,6 @@ def run(config: Config, ranks: Ranks) -> Path:
 
 
 def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
-    ranks.agree(lambda: _check_settings(config, ranks))
     HERE.go("opening the data")
     decoder = _decoder(config, ranks)  # first: a back end that is not there is said before anything starts
     folder = RunFolder(Path(config.output_dir))
@@ -97,6 +96,7 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     state, checkpoint = ranks.broadcast(
         ranks.agree(lambda: folder.find_state(store) if ranks.main else None, slow="finding the last checkpoint")
     )
+    ranks.agree(lambda: _check_settings(config, ranks, config.stages[state.stage :]))
     ranks.agree(lambda: folder.claim(config, resuming=state.global_step > 0) if ranks.main else None)
     if config.data.workers:
         start_fork_server()  # now, for it takes as long as building the model
@@ -132,9 +132,16 @@ def _run(config: Config, ranks: Ranks, stop: StopRequest) -> Path:
     return folder.path
 
 
-def _check_settings(config: Config, ranks: Ranks) -> None:
-    """Refuse, before anything is read or written, what cannot work with these ranks and this device."""
-    check_engine(config, ranks)
+def _check_settings(config: Config, ranks: Ranks, stages: Sequence[StageConfig]) -> None:
+    """Refuse, before data is opened and anything is written, what the stages still to come could not do with this
+    model, these ranks and this device."""
+    if not stages:
+        return
+    check_engine(config, ranks, stages)
+    with torch.device("meta"):
+        model = SAM2(_architecture(config.model))
+    for stage in stages:
+        freeze(model, stage.freeze)
     if config.model.cuda_graphs:
         check_config(config, config.model.recompute, ranks.device)
     if config.model.compile and (obstacle := library.compile_obstacle(ranks.device)):

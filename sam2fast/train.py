@@ -48,9 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 
     overrides = list(args.overrides)
     if args.deepspeed or args.deepspeed_config:
-        kinds = [text for text in overrides if text.startswith("engine.kind=")]
-        if kinds and kinds[-1] != "engine.kind=deepspeed":
-            parser.error(f"--deepspeed and --deepspeed_config choose DeepSpeed, but {kinds[-1]}; remove one of them")
+        others = [text for text in overrides if text in ("engine.kind=torch", "engine.kind=fsdp")]
+        if others:
+            print(f"error: --deepspeed and --deepspeed_config choose DeepSpeed, {others[-1]} does not; remove one",
+                  file=sys.stderr)  # fmt: skip
+            return 2
         overrides.append("engine.kind=deepspeed")
     if args.deepspeed_config:
         overrides.append(f"engine.deepspeed_config={args.deepspeed_config}")

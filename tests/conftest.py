@@ -24,8 +24,11 @@ LONGEST_FIRST = ("train", "benchmarks", "parallel")
 """Folders whose files take minutes: of two processes none must start one of them when the other is done."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
+    if "exhaustive" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if "exhaustive" in item.keywords])
+        items[:] = [item for item in items if "exhaustive" not in item.keywords]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -78,6 +78,11 @@ def test_damaged_weights_of_a_finished_stage_are_an_error(tmp_path: Path) -> Non
     (tmp_path / "model.pt").write_bytes(b"weights")
     save_state(tmp_path, RunState(stage=1, global_step=8))
     assert load_stage(tmp_path).global_step == 8
+    written = (tmp_path / "state.json").read_text()
+    (tmp_path / "state.json").write_text(written.replace('"global_step": 8', '"global_step": 9'))
+    with pytest.raises(ResumeError, match="finished stage.*its text is not that which was written"):
+        load_stage(tmp_path)
+    (tmp_path / "state.json").write_text(written)
     (tmp_path / "model.pt").write_bytes(b"weight5")
     with pytest.raises(ResumeError, match="finished stage.*model.pt has another checksum"):
         load_stage(tmp_path)

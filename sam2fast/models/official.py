@@ -205,7 +205,7 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch:
     found, expected = describe(state), f"SAM {arch.version} {arch.size}"
     if found is None or found == expected:
         problem = f"does not fit {expected}"
-        remedy = "The file is damaged, a part of a model (such as encoder.pt), or of a modified one"
+        remedy = "The file is damaged, a part of a model (such as encoder.pt), or of another or a modified model"
     else:
         problem = f"looks like {found}, but the model is {expected}"
         remedy = "Set model.size and model.version to those of the file"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import Config, ConfigError, EngineConfig, OptimConfig
+from ..config import Config, EngineConfig, OptimConfig, StageConfig
 from .mesh import Ranks
 from .state import EngineState
 
@@ -118,8 +118,8 @@ def build_engine(
     return AveragingEngine(engine, optim.ema)
 
 
-def check_engine(config: Config, ranks: Ranks) -> None:
-    """What `build_engine` would refuse, before data is opened and anything is written.
+def check_engine(config: Config, ranks: Ranks, stages: Sequence[StageConfig]) -> None:
+    """What `build_engine` would refuse in `stages`, but for nodes with different numbers of ranks.
 
     Raises:
         ConfigError: settings that do not go together, with each other or with the number of ranks.
@@ -128,7 +128,7 @@ def check_engine(config: Config, ranks: Ranks) -> None:
     if kind == "deepspeed":
         from .zero import deepspeed_settings, import_deepspeed
 
-        for stage in config.stages:
+        for stage in stages:
             deepspeed_settings(settings, stage.optim, stage.accumulate, config.model.compile)
         import_deepspeed(ranks.device.type)
     elif kind == "fsdp" and isinstance(settings.shard_size, int):
@@ -138,17 +138,8 @@ def check_engine(config: Config, ranks: Ranks) -> None:
 
 
 def resolve_kind(config: EngineConfig) -> str:
-    """`torch`, `fsdp` or `deepspeed`, with `auto` decided by the settings and the launcher.
-
-    Raises:
-        ConfigError: an engine is named that has no such settings.
-    """
+    """`torch`, `fsdp` or `deepspeed`, with `auto` decided by the settings and the launcher."""
     if config.kind != "auto":
-        if config.kind != "deepspeed" and (config.zero_stage is not None or config.deepspeed_config):
-            raise ConfigError(
-                f"engine.kind is {config.kind}, but engine.zero_stage or engine.deepspeed_config asks for DeepSpeed; "
-                "set engine.kind=deepspeed"
-            )
         return config.kind
     # The deepspeed launcher sets both, torchrun neither.
     launched = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ

@@ -181,7 +181,7 @@ class LossScale:
             self.value *= 2
 
 
-def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int, compiled: bool = False) -> dict:
+def deepspeed_settings(config: EngineConfig, optim: OptimConfig, accumulate: int, compiled: bool) -> dict:
     """The DeepSpeed configuration: ours, under the entries of the user's file.
 
     Args:

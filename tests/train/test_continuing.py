@@ -72,11 +72,19 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def add_a_digit(path: Path) -> None:
+    """To the place in the data."""
+    content = path.read_text()
+    assert '"taken": ' in content
+    path.write_text(content.replace('"taken": ', '"taken": 1', 1))
+
+
 DAMAGES = {
     "size": (FILE, cut, f"{FILE} has 300 bytes and not"),
     "checksum": (FILE, flip, f"{FILE} has another checksum than when it was written"),
     "missing": (FILE, Path.unlink, f"{FILE} is missing"),
-    "state": ("state.json", cut, "state.json cannot be read"),
+    "state": ("state.json", add_a_digit, "state.json cannot be read: its text is not that which was written"),
+    "cut-state": ("state.json", cut, "state.json cannot be read"),
     "no-state": ("state.json", Path.unlink, "state.json is missing"),
 }
 

@@ -123,9 +123,14 @@ def test_evaluate_gives_the_scores_of_the_last_validation(runs: dict[str, Path],
     assert abs(float(got["val/davis_jf_baseline"]) - want["val/davis_jf_baseline"]) < 1e-2
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "launcher", [FORKED, pytest.param(TWO_FORKED, marks=pytest.mark.exhaustive)], ids=["torch", "deepspeed-2"]
+    "precision, launcher",
+    [
+        pytest.param("bfloat16", FORKED, id="torch-bfloat16"),
+        pytest.param("float16", TWO_FORKED, id="deepspeed-2-float16"),
+        pytest.param("float16", FORKED, id="torch-float16", marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", TWO_FORKED, id="deepspeed-2-bfloat16", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_low_precision_follows_float32(
     precision: str,
@@ -135,7 +140,8 @@ def test_low_precision_follows_float32(
     synthetic: Path,
     whole: dict[int, dict[int, float]],
 ) -> None:
-    """One rank with the torch engine, and two with DeepSpeed's (which parallel/test_engines.py compares too)."""
+    """One rank with the torch engine, and two with DeepSpeed's. parallel/test_engines.py has float16 on one rank and
+    bfloat16 on two, with every engine."""
     overrides = [f"precision={precision}", "stages.0.steps=3"]
     if launcher is TWO_FORKED:
         overrides.append("engine.kind=deepspeed")

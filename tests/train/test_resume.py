@@ -29,13 +29,13 @@ def weights(output: Path, name: str = "model.pt") -> dict[str, torch.Tensor]:
 def test_killed_runs_end_with_the_same_weights(
     launcher: list[str], forked: list[str], overrides: list[str], tmp_path: Path, config: Path, synthetic: Path
 ) -> None:
-    """A launcher's run is killed at a random step, and ranks without it go on; `ten_kills` does it over and over."""
+    """Killed at a random step and started again, both by the launcher. `ten_kills` does it over and over, without."""
     whole, output = tmp_path / "whole", tmp_path / "killed"
     train(forked, config, synthetic, whole, *overrides)
     launched, unlaunched = (command(by, config, synthetic, output, *overrides) for by in (launcher, forked))
     step = random.SystemRandom().randint(1, LAST_STEP - 1)
     kill_at(launched, output, step)
-    done = run(unlaunched, cwd=tmp_path)
+    done = run(launched, cwd=tmp_path)
     assert done.returncode == 0, (step, done.stderr[-3000:])
     want, got = weights(whole), weights(output)
     different = [name for name in want if not torch.equal(want[name], got[name])]
