@@ -224,9 +224,9 @@ def test_the_reason_of_a_failed_launch_is_what_a_rank_wrote(scaling, written, re
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--size foo", "model.size: Input should be"),
+        pytest.param("--size foo", "model.size: Input should be", marks=pytest.mark.exhaustive),
         ("--side 50", "model.image_size: must be a multiple of 32"),
-        ("model.sizee=3", "unknown key 'model.sizee'"),
+        pytest.param("model.sizee=3", "unknown key 'model.sizee'", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_refusal_of_the_trainer_is_shown(scaling, capsys, arguments, message):

@@ -49,6 +49,7 @@ def test_a_step_of_each_kind(tmp_path: Path) -> None:
     check(compare(cases, tmp_path), cases)
 
 
+@pytest.mark.exhaustive
 def test_gradients_reduced_in_bfloat16(tmp_path: Path) -> None:
     """Near float32, and further from it than float32 is from itself on one rank."""
     common = {"accumulate": 2, "steps": 2}
