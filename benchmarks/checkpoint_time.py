@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from harness.report import commit, device_name  # noqa: E402
 
 from sam2fast import train  # noqa: E402, F401  (makes both packages importable)
+from sam2fast.models.architecture import SIZES  # noqa: E402
 
-SIZES = ("micro", "tiny", "small", "base_plus", "large")
 SIDE, PRODUCTS, BASELINE = 1024, 4, 15
 
 

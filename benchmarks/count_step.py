@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(parser: argparse.ArgumentParser, switches: Sequence[str], batches: Iterable[str]) -> None:
-    sizes = ("micro", "tiny", "small", "base_plus", "large")
-    parser.add_argument("--size", nargs="+", choices=sizes, default=["base_plus"], metavar="SIZE", help=_names(sizes))
+    from sam2fast.models.architecture import SIZES
+
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["base_plus"], metavar="SIZE", help=_names(SIZES))
     parser.add_argument("--batch", nargs="+", choices=tuple(batches), default=["video"], help="what is trained on")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--off", nargs="+", choices=switches, default=[], metavar="NAME", help=_names(switches))

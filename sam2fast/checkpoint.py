@@ -19,15 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint_files import SaveError, list_files, partial_folder, publish, put_back, saving
-from .checkpoint_header import (
-    FORMAT,
-    find_fault,
-    load_state,
-    other_version,
-    read_header,
-    unreadable,
-    write_header,
-)
+from .checkpoint_header import FORMAT, find_fault, load_state, other_version, read_header, unreadable, write_header
 from .checkpoint_tensors import Staging, files_of, read_alone, read_tensors, stored_shapes, write_tensors
 from .config import Config, UserError
 from .parallel import HERE, Engine, EngineState, Ranks

@@ -49,8 +49,8 @@ def load_state(folder: Path) -> RunState:
 
 def write_header(path: Path, values: dict[str, Any]) -> None:
     """Write state.json, with a checksum of all it says."""
-    text = json.dumps(values, indent=1)
-    (path / "state.json").write_text(json.dumps({"crc32": _checksum(json.loads(text))} | values, indent=1))
+    values = json.loads(json.dumps(values))  # as they will be read: a key that is a number becomes text
+    (path / "state.json").write_text(json.dumps({"crc32": _checksum(values)} | values, indent=1))
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import re
 
 from .network import A100
 
-SIZES = ("micro", "tiny", "small", "base_plus", "large")
-"""Of the model."""
 RANK = r"(?:\[[^\]]*\]:? ?|\w+: )*"
 """What a launcher puts before the lines of a rank."""
 OWN = re.compile(RANK + r"error: (.+)")

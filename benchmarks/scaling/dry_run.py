@@ -23,9 +23,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 
+from sam2fast.models.architecture import SIZES  # noqa: E402
 from scaling import program, tables  # noqa: E402
 from scaling.collectives import totals  # noqa: E402
-from scaling.command import SIZES, failure, gpus, positive  # noqa: E402
+from scaling.command import failure, gpus, positive  # noqa: E402
 from scaling.engines import SETTINGS  # noqa: E402
 from scaling.network import sent  # noqa: E402
 

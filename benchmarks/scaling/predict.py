@@ -25,6 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from harness.command import OneLineParser  # noqa: E402  (harness first: it makes both packages importable)
 
+from sam2fast.models.architecture import SIZES  # noqa: E402
 from scaling import command, compute, tables  # noqa: E402
 from scaling.collectives import Collective  # noqa: E402
 from scaling.network import A100, Line, Measured, sent  # noqa: E402
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="predict.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", choices=command.SIZES, default=["base_plus", "large"], help="of the model")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["base_plus", "large"], help="of the model")
     counts = f"numbers of GPUs: 1 to {NODE}, or a multiple of {NODE}, which is whole nodes"
     parser.add_argument("--gpus", nargs="+", type=command.gpus, default=list(GPUS), help=counts)
     factor = "compute over its counted limit, above 0; default: as measured on an H100"
@@ -104,8 +105,8 @@ def predict(sizes: Sequence[str], gpus: Sequence[int], factor: float | None, jit
                     setting = {"size": size, "engine": engine, "gpus": count, "objects": objects}
                     timed = step_time(found, A100, seconds, stragglers)
                     figures = _figures(timed, count, seconds, per_clip, found)
-                    rows.append({**setting, **figures, "memory_gb": memory(line, found, count) / 1e9, "factor": factor})
-                    rows[-1]["traced_ranks"] = line["world_size"]
+                    kept = {"memory_gb": memory(line, found, count) / 1e9, "factor": factor}
+                    rows.append({**setting, **figures, **kept, "traced_ranks": line["world_size"]})
     return rows
 
 

@@ -150,7 +150,7 @@ def test_with_graphs_the_host_launches_little(can_count, sizes):
     found = {(row["size"], row["batch"]): row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
     with (BENCHMARKS / "results" / "graph_counts.csv").open(newline="") as file:
         kept = {(row["size"], row["batch"]): int(row["launches"]) for row in csv.DictReader(file)}
-    assert len(found) == 3 * len(sizes) and max(kept.values()) <= 3000
+    assert len(kept) == 9 and len(found) == 3 * len(sizes) and max(kept.values()) <= 3000
     assert {key: row["launches"] for key, row in found.items()} == {key: kept[key] for key in found}, (
         "if meant, count with --graphs --save"
     )
