@@ -18,7 +18,7 @@ SIZES = {"tiny": "T", "base_plus": "B+", "large": "L"}
 POLICIES = {
     ("all", "none"): "all off",
     ("none", "none"): "all on",
-    ("none", "decoder"): "+ recompute decoder",
+    ("none", "many_masks"): "+ recompute many_masks",
     ("none", "decoder+trunk+memory"): "+ trunk, memory",
 }
 COLORS = ("0.6", "tab:blue", "tab:cyan", "tab:green")

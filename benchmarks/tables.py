@@ -25,7 +25,7 @@ BATCHES = {"video": "8 frames x 3 objects", "points": "the same, clicked", "imag
 POLICIES = {
     ("all", "none"): "all off",
     ("none", "none"): "all on",
-    ("none", "decoder"): "`recompute=decoder` (default)",
+    ("none", "many_masks"): "`recompute=many_masks` (default)",
     ("none", "decoder+trunk+memory"): "`decoder+trunk+memory`",
 }
 Row = dict[str, str]
@@ -71,6 +71,24 @@ def graphs() -> list[str]:
         figures = (int(eager), int(row["launches"]))
         name = f"{SIZES[row['size']]}, {BATCHES[row['batch']]}"
         lines.append(f"| {name} | " + " | ".join(f"{figure:,}" for figure in figures) + " |")
+    return lines
+
+
+def switches(batch: str) -> list[str]:
+    """A step of B+ with one switch off, nothing recomputed, in the order of its traffic."""
+    rows = {
+        row["off"]: row
+        for row in _read("step_counts.csv")
+        if (row["size"], row["batch"], row["recompute"]) == ("base_plus", batch, "none")
+    }
+    order = sorted(rows.keys() - {"none", "all"}, key=lambda name: int(rows[name]["bytes"]), reverse=True)
+    labels = {name: f"`{name}`" for name in order} | {"none": "nothing (all on)", "all": "everything (all off)"}
+    lines = ["| left out | TFLOP | GB moved | launches | GB at the peak |", "|---|---|---|---|---|"]
+    for name, label in labels.items():
+        row = rows[name]
+        flops = int(row["forward_flops"]) + int(row["backward_flops"])
+        figures = flops / 1e12, int(row["bytes"]) / 1e9, int(row["launches"]), _peak(row)
+        lines.append("| {} | {:.2f} | {:.0f} | {:,} | {:.1f} |".format(label, *figures))
     return lines
 
 
@@ -221,6 +239,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "parts": parts,
     "memory": memory,
     "graphs": graphs,
+    "switches": switches,
     "ablation": ablation,
     "times": times,
     "profile": profile,

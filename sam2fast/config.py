@@ -44,11 +44,11 @@ class ModelConfig(Section):
     local_memory_init: bool = False
     """Random weights whose memory attention looks at the same place of other frames from the start (off: as
     official)."""
-    recompute: str = "decoder"
-    """Activations that the backward pass computes again instead of keeping them: none, or parts joined by + of decoder
-    (of which every click of every object has its own), trunk, memory, and selective, which keeps what matrix products
-    and attention computed. auto takes the least that fits into free memory, auto:40 into 40 GiB. The same numbers for
-    more arithmetic."""
+    recompute: str = "many_masks"
+    """Activations that the backward pass computes again instead of keeping them: none, or parts joined by + of
+    many_masks (the decoder where it decodes at least 8 objects at once), decoder, trunk, memory, and selective, which
+    keeps what matrix products and attention computed. auto takes the least that fits into free memory, auto:40 into 40
+    GiB. The same numbers for more arithmetic."""
     offload_activations: bool = False
     """What the trunk keeps for the backward pass waits in pinned memory of the host. Costs transfers."""
     bfloat16_streams: bool = False

@@ -50,13 +50,21 @@ class PerformanceConfig(Section):
         return cls(**dict.fromkeys(cls.model_fields, False))
 
 
+MANY_MASKS = 8
+"""Objects from which on `many_masks` computes the decoder again; each prediction of them keeps about 100 MB for B+ at
+1024 px (counted: 12 to 14 MB an object)."""
+
+
 @dataclass(frozen=True)
 class RecomputePolicy:
     """Which activations the backward pass computes again instead of keeping them. Exact: the same numbers for more
     arithmetic."""
 
+    many_masks: bool = False
+    """Prompt encoder and mask decoder where they decode MANY_MASKS objects or more at once: fewer keep little, and to
+    compute them again takes as many operations as for many."""
     decoder: bool = False
-    """Prompt encoder and mask decoder, of which every click of every object has its own."""
+    """Prompt encoder and mask decoder, whatever the number of objects."""
     trunk: bool = False
     """Blocks of the image encoder."""
     memory: bool = False
@@ -82,11 +90,15 @@ class RecomputePolicy:
             )
         return cls(**dict.fromkeys(parts, True))
 
+    def of_decoder(self, objects: int) -> bool:
+        """Whether a decoder of so many objects is computed again."""
+        return self.decoder or (self.many_masks and objects >= MANY_MASKS)
+
     def __str__(self) -> str:
         return "+".join(part.name for part in fields(self) if getattr(self, part.name)) or "none"
 
 
-RECOMPUTE_LADDER = ("none", "decoder", "decoder+trunk+selective", "decoder+trunk", "decoder+trunk+memory")
+RECOMPUTE_LADDER = ("none", "many_masks", "decoder+trunk+selective", "decoder+trunk", "decoder+trunk+memory")
 """From the least to the most that is computed again: `auto` takes the first that fits."""
 
 

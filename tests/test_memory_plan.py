@@ -42,8 +42,8 @@ def test_more_objects_need_more():
 
 
 def test_auto_takes_the_first_policy_that_fits():
-    stage = make_stage(1)
-    peaks = {policy: peak(policy, stage) for policy in ("none", "decoder")}
+    stage = make_stage(1, max_objects=8)
+    peaks = {policy: peak(policy, stage) for policy in ("none", "many_masks")}
     config = Config(
         name="x",
         model=ModelConfig(size="micro"),
@@ -55,8 +55,8 @@ def test_auto_takes_the_first_policy_that_fits():
         return choose_recompute(config, stage, ARCH, CPU, size * MARGIN / GIB)
 
     assert choose(1.01 * peaks["none"])[0] == "none"
-    assert choose(1.01 * peaks["decoder"])[0] == "decoder"
-    policy, line = choose(0.01 * peaks["decoder"])
+    assert choose(1.01 * peaks["many_masks"])[0] == "many_masks"
+    policy, line = choose(0.01 * peaks["many_masks"])
     assert policy == RECOMPUTE_LADDER[-1]
     assert "does not fit" in line
 

@@ -133,15 +133,15 @@ def _single_thread() -> Iterator[None]:
 
 @contextmanager
 def gpu_attention() -> Iterator[None]:
-    """Attention is the kernel that PyTorch takes on an A100 for bfloat16: flash, or with a mask the memory-efficient
-    one."""
+    """Attention is the kernel that PyTorch takes on an A100 for bfloat16: flash, or with a mask, or values of another
+    width than the keys, the memory-efficient one."""
 
     def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if q.dtype not in (torch.bfloat16, torch.float16) or enable_gqa:
             raise NotImplementedError(f"attention in {q.dtype}, or with shared heads, is not counted")
-        if attn_mask is None:
+        if attn_mask is None and v.shape[-1] == k.shape[-1]:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
-        mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        mask = None if attn_mask is None else attn_mask.expand(*q.shape[:-1], k.shape[-2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, mask, True, dropout_p, is_causal, scale=scale
         )[0]

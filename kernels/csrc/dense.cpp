@@ -104,6 +104,13 @@ void rectify(const float* x, int64_t count, const Dropout& dropout, float* out) 
   }
 }
 
+void rectified_slope(const float* gradient, const float* result, int64_t count, float scale, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Float slope = load<Float>(gradient + i, count - i) * scale;
+    store(load<Float>(result + i, count - i) > 0.0f ? slope : Float{}, out + i, count - i);
+  }
+}
+
 void drop(const float* x, int64_t count, const Dropout& dropout, float* out) {
   for (int64_t i = 0; i < count; i += kLanes)
     store(load<Float>(x + i, count - i) * factors(dropout, i), out + i, count - i);
@@ -112,6 +119,6 @@ void drop(const float* x, int64_t count, const Dropout& dropout, float* out) {
 }  // namespace
 
 extern const DenseLoops kDenseLoops;
-const DenseLoops kDenseLoops = {weigh, slope, rotate, rectify, drop};
+const DenseLoops kDenseLoops = {weigh, slope, rotate, rectify, rectified_slope, drop};
 
 }  // namespace sam2fast::SAM2FAST_ISA

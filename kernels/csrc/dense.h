@@ -30,6 +30,8 @@ struct DenseLoops {
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t pairs, float scale, float* out);
   // relu(x) with dropout.
   void (*rectify)(const float* x, int64_t count, const Dropout& dropout, float* out);
+  // Gradient of relu(x) with dropout: `scale` times the gradient where its result is positive, else 0.
+  void (*rectified_slope)(const float* gradient, const float* result, int64_t count, float scale, float* out);
   // x with dropout.
   void (*drop)(const float* x, int64_t count, const Dropout& dropout, float* out);
 };

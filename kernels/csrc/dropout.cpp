@@ -78,9 +78,8 @@ Tensor relu_dropout_backward(Tensor grad, Tensor out, double dropout) {
   const auto scale = static_cast<float>(1.0 / (1.0 - dropout));
   return compute_rows(out, out.scalar_type(), [&] {
     return [&, gradients = RowReader(grad), results = RowReader(out)](int64_t index, float* slope) mutable {
-      const float* gradient = gradients.at(index);
-      const float* result = results.at(index);
-      for (int64_t i = 0; i < gradients.width; ++i) slope[i] = result[i] > 0.0f ? gradient[i] * scale : 0.0f;
+      const float *gradient = gradients.at(index), *result = results.at(index);
+      dense_loops().rectified_slope(gradient, result, gradients.width, scale, slope);
     };
   });
 }

@@ -26,8 +26,8 @@ void check_vector(const Tensor& vector, int64_t rows) {
 
 void check_rows(const Tensor& scores) {
   STD_TORCH_CHECK(
-      scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && scores.is_contiguous(),
-      "memory_attention: scores must be float32 [B, M], contiguous");
+      scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && (scores.size(1) < 2 || scores.stride(1) == 1),
+      "memory_attention: scores must be float32 [B, M], with contiguous rows");
 }
 
 Tensor rotate_rows(
@@ -76,13 +76,13 @@ void attention_weights(Tensor scores, Tensor seed, int64_t first, double dropout
   check_vector(lse, scores.size(0));
   check_vector(row_sum, scores.size(0));
   const DropoutRows rows(seed, dropout);
-  const int64_t keys = scores.size(1);
+  const int64_t keys = scores.size(1), stride = scores.stride(0);
   auto* data = static_cast<float*>(scores.mutable_data_ptr());
   auto* lses = static_cast<float*>(lse.mutable_data_ptr());
   auto* sums = static_cast<float*>(row_sum.mutable_data_ptr());
   for_each_row(scores.size(0), kRowsOfThread, [&] {
     return [&](int64_t row) {
-      const WeightSums found = dense_loops().weigh(data + row * keys, keys, rows.row(first + row));
+      const WeightSums found = dense_loops().weigh(data + row * stride, keys, rows.row(first + row));
       lses[row] = found.lse;
       sums[row] = found.dropped;
     };
@@ -99,7 +99,7 @@ void attention_slopes(
       "memory_attention: scores and slopes differ in shape");
   for (const Tensor* vector : {&lse, &delta, &grad_row_sum}) check_vector(*vector, scores.size(0));
   const DropoutRows rows(seed, dropout);
-  const int64_t keys = scores.size(1);
+  const int64_t keys = scores.size(1), stride = scores.stride(0), slope_stride = slopes.stride(0);
   auto* data = static_cast<float*>(scores.mutable_data_ptr());
   auto* gradients = static_cast<float*>(slopes.mutable_data_ptr());
   const auto* lses = static_cast<const float*>(lse.const_data_ptr());
@@ -108,7 +108,7 @@ void attention_slopes(
   for_each_row(scores.size(0), kRowsOfThread, [&] {
     return [&](int64_t row) {
       dense_loops().slope(
-          data + row * keys, gradients + row * keys, keys, lses[row], deltas[row], row_gradients[row],
+          data + row * stride, gradients + row * slope_stride, keys, lses[row], deltas[row], row_gradients[row],
           rows.row(first + row));
     };
   });

@@ -17,6 +17,8 @@ BLOCK_BYTES = 16 << 20
 """Scores of a block of queries, so that a block and the keys stay in the last-level cache."""
 BLOCK_QUERIES = (64, 512)
 """Fewest and most queries of a block: the products are slow with fewer, and gain nothing with more."""
+ALIGNMENT = 16
+"""Rows of scores start at multiples of 64 bytes: products with rows of 7196 packed scores take 1.4 times as long."""
 
 COMPILED_STEP = "attention_weights.cpp"
 
@@ -53,6 +55,12 @@ def _blocks(queries: int, keys: int) -> Iterator[slice]:
         yield slice(start, min(start + size, queries))
 
 
+def _score_buffer(blocks: list[slice], keys: int) -> Tensor:
+    """Room for the scores of a block [B, M]."""
+    rows = blocks[0].stop if blocks else 0
+    return torch.empty(rows, keys + -keys % ALIGNMENT)[:, :keys]
+
+
 def memory_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_unrotated: int, dropout: float, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +71,7 @@ def memory_attention(
     out = torch.empty(n, queries, v.shape[2])
     row_sum, lse = torch.empty(n, queries), torch.empty(n, queries)
     blocks = list(_blocks(queries, keys))
-    buffer = torch.empty(blocks[0].stop if blocks else 0, keys)
+    buffer = _score_buffer(blocks, keys)
     for index in range(n):
         values, key_columns = v[index].float(), turned_k[index].t()
         for block in blocks:
@@ -100,14 +108,14 @@ def memory_attention_backward(
     delta = torch.addcmul((grad_out * out).sum(-1), grad_row_sum, row_sum)
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     blocks = list(_blocks(queries, keys))
-    buffers = torch.empty(2, blocks[0].stop if blocks else 0, keys)
+    score_buffer, slope_buffer = _score_buffer(blocks, keys), _score_buffer(blocks, keys)
     turned_grad_q = torch.empty(queries, width)
     ops = torch.ops.sam2fast
     for index in range(n):
         value_columns = v[index].float().t()
         key_sum, value_sum = torch.zeros(keys, width), torch.zeros(keys, v.shape[2])
         for block in blocks:
-            scores, slopes = buffers[:, : block.stop - block.start]
+            scores, slopes = (buffer[: block.stop - block.start] for buffer in (score_buffer, slope_buffer))
             upstream, queries_here = grad_out[index, block], turned_q[index][block]
             torch.mm(queries_here, turned_k[index].t(), out=scores)
             torch.mm(upstream, value_columns, out=slopes)

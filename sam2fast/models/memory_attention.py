@@ -122,11 +122,13 @@ class RoPEAttention(Attention):
             k = torch.cat([apply_rotary(placed, *tables), rest], dim=1)
         else:
             k = apply_rotary(k, *tables)
+        width = v.shape[-1]
         if self.absorbs:
-            v = F.pad(v, (0, 1), value=1.0)  # the sum of the weights is that of this column
+            # The weights are summed by a column of ones; PyTorch's fused attention wants a multiple of 8 columns.
+            v = F.pad(F.pad(v, (0, 1), value=1.0), (0, 7))
         out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dropout_p=dropout)
         out = out.squeeze(1)
-        return (out[..., :-1], out[..., -1]) if self.absorbs else (out, None)
+        return (out[..., :width], out[..., width]) if self.absorbs else (out, None)
 
 
 def project_normalized(x: Tensor, norm: LayerNorm | None, linear: Linear, performance: PerformanceConfig) -> Tensor:

@@ -63,9 +63,13 @@ class Fuser(nn.Module):
 
     def __init__(self, dim: int, num_layers: int = 2, fused: bool = True) -> None:
         super().__init__()
+        self.fused = fused
         self.layers = nn.Sequential(*(CXBlock(dim, fused=fused) for _ in range(num_layers)))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and x.device.type == "cpu":
+            # Its depthwise convolution takes a third of the time in this layout; not measured on a GPU.
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.layers(x)
 
 

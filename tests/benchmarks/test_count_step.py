@@ -140,6 +140,12 @@ def test_peak_memory_stays_under_its_target(counts, run, size, batch, limit):
     assert peak(counts(run, size, batch)) <= limit * GB
 
 
+def test_a_switch_off_is_counted(can_count):
+    """Values of another width than the keys have no flash attention."""
+    done = start("--size", "micro", "--side", "64", "--off", "fused_memory_attention")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "sizes", [["tiny"], pytest.param(["base_plus", "large"], marks=pytest.mark.exhaustive)], ids="-".join
 )

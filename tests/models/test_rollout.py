@@ -163,29 +163,44 @@ def test_gradients_reach_what_the_plan_uses(model, plan, expected):
     assert reached(model) == expected
 
 
+def kept_bytes(model, batch: Batch, plan: RolloutPlan, policy: str, monkeypatch) -> tuple[int, torch.Tensor]:
+    """What the forward pass keeps, and its loss."""
+    monkeypatch.setattr(model, "recompute", RecomputePolicy.parse(policy))
+    torch.manual_seed(0)
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        total = loss(rollout(model, batch, plan))
+    return kept, total
+
+
 def test_recomputed_decoder_gives_the_same_gradients_and_keeps_less(model, monkeypatch):
     """Bit for bit, with corrections that are trained through each other."""
     plan = points_plan(1, correct=(0,), click_from_gt=((False,) * 3,))
-    results = {}
-    for mode in ("none", "decoder"):
-        monkeypatch.setattr(model, "recompute", RecomputePolicy.parse(mode))
-        torch.manual_seed(0)
-        kept = 0
-
-        def count(tensor):
-            nonlocal kept
-            kept += tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            total = loss(rollout(model, make_batch(1), plan))
+    batch, results = make_batch(1), {}
+    for policy in ("none", "decoder"):
+        kept, total = kept_bytes(model, batch, plan, policy, monkeypatch)
         model.zero_grad()
         total.backward()
-        results[mode] = kept, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results[policy] = kept, [p.grad.clone() for p in model.parameters() if p.grad is not None]
     assert results["decoder"][0] < 0.7 * results["none"][0]
     assert len(results["decoder"][1]) == len(results["none"][1])
     for recomputed, stored in zip(results["decoder"][1], results["none"][1], strict=True):
         assert torch.equal(recomputed, stored)
+
+
+@pytest.mark.parametrize(("objects", "like"), [(3, "none"), (8, "decoder")])
+def test_decoder_of_many_masks_is_recomputed(model, monkeypatch, objects, like):
+    few, repeated = make_batch(1), torch.arange(objects) * 3 // objects
+    batch = Batch(few.frames, few.masks[:, repeated], few.object_to_clip[repeated], ["a", "b"])
+    plan = points_plan(1, correct=(0,), click_from_gt=((False,),))
+    found, want = (kept_bytes(model, batch, plan, policy, monkeypatch)[0] for policy in ("many_masks", like))
+    assert found == want
 
 
 def test_coarse_mask_goes_to_the_prompt_encoder(model):
