@@ -6,9 +6,10 @@
     python benchmarks/count_step.py --size base_plus --batch video --graphs     # launches with model.cuda_graphs
 
 runs forward pass, losses and backward pass of SAM 2 on fake CUDA tensors (bfloat16 autocast, dropout and drop path 0.1,
-flash attention) and adds up what every operation costs, for each part of the model. Batches: `video`, 8 frames and 3
-objects whose masks are given in the first frame; `points`, two of 8 frames clicked on and corrected 7 times; `image`,
-64 objects, a click and 7 corrections. The last line is JSON. These are computed figures: none of them is a measurement.
+PyTorch's fused attention) and adds up what every operation costs, for each part of the model. Batches: `video`, 8
+frames and 3 objects whose masks are given in the first frame; `points`, two of 8 frames clicked on and corrected 7
+times; `image`, 64 objects, a click and 7 corrections. The last line is JSON. These are computed figures: none of them
+is a measurement.
 """
 
 from __future__ import annotations

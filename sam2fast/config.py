@@ -46,7 +46,7 @@ class ModelConfig(Section):
     official)."""
     recompute: str = "many_masks"
     """Activations that the backward pass computes again instead of keeping them: none, or parts joined by + of
-    many_masks (the decoder where it decodes at least 8 objects at once), decoder, trunk, memory, and selective, which
+    many_masks (the decoder where batch_size x max_objects is at least 8), decoder, trunk, memory, and selective, which
     keeps what matrix products and attention computed. auto takes the least that fits into free memory, auto:40 into 40
     GiB. The same numbers for more arithmetic."""
     offload_activations: bool = False

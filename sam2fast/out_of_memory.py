@@ -13,7 +13,7 @@ from .memory_plan import GIB, MARGIN, estimate_peak
 from .models.architecture import Architecture
 from .models.sam2 import SAM2
 from .parallel.engine import is_out_of_memory
-from .performance import RECOMPUTE_LADDER, RecomputePolicy
+from .performance import MANY_MASKS, RECOMPUTE_LADDER, RecomputePolicy
 from .run_state import RunState
 from .step_plan import StepPlan
 
@@ -71,7 +71,8 @@ def advise(
         peak = estimate_peak(arch, performance, policy, stage, item, precision, device, streams)
         return MARGIN * peak / GIB
 
-    options = [f"model.recompute={policy} ({need(policy):.2f} GiB)" for policy in _more(recompute)[:1]]
+    more = _more(recompute, item.batch_size * item.max_objects)
+    options = [f"model.recompute={policy} ({need(policy):.2f} GiB)" for policy in more[:1]]
     if item.batch_size > 1:
         half = item.batch_size // 2
         factor = -(-item.batch_size // half) * stage.accumulate
@@ -95,11 +96,14 @@ def first_line(error: BaseException) -> str:
     return text.partition("DefaultCPUAllocator: ")[2] or text
 
 
-def _more(recompute: str) -> list[str]:
-    """Policies of the ladder that recompute more, the next one first."""
-    ladder = [RecomputePolicy.parse(policy) for policy in RECOMPUTE_LADDER]
-    current = RecomputePolicy.parse(recompute)
-    return list(RECOMPUTE_LADDER[ladder.index(current) + 1 :]) if current in ladder else [RECOMPUTE_LADDER[-1]]
+def _more(recompute: str, objects: int) -> list[str]:
+    """Policies of the ladder that recompute more of batches of up to so many objects, the next one first."""
+    policy = RecomputePolicy.parse(recompute)
+    current = "many_masks" if policy == RecomputePolicy(decoder=True) else str(policy)
+    if current not in RECOMPUTE_LADDER:
+        return [RECOMPUTE_LADDER[-1]]
+    rest = RECOMPUTE_LADDER[RECOMPUTE_LADDER.index(current) + 1 :]
+    return [text for text in rest if text != "many_masks" or objects >= MANY_MASKS]
 
 
 def _fewer_frames(stage: StageConfig, frames: int) -> int:

@@ -51,8 +51,8 @@ class PerformanceConfig(Section):
 
 
 MANY_MASKS = 8
-"""Objects from which on `many_masks` computes the decoder again; each prediction of them keeps about 100 MB for B+ at
-1024 px (counted: 12 to 14 MB an object)."""
+"""Objects of a batch from which on `many_masks` computes the decoder again. For B+ at 1024 px that saves 9 to 14 MB an
+object and prediction (counted)."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class RecomputePolicy:
     arithmetic."""
 
     many_masks: bool = False
-    """Prompt encoder and mask decoder where they decode MANY_MASKS objects or more at once: fewer keep little, and to
-    compute them again takes as many operations as for many."""
+    """Prompt encoder and mask decoder where batches may have MANY_MASKS objects or more: fewer keep little, and to
+    compute them again takes as many launches as for many. Settings decide, not the batch at hand: ranks must agree."""
     decoder: bool = False
     """Prompt encoder and mask decoder, whatever the number of objects."""
     trunk: bool = False
@@ -90,8 +90,8 @@ class RecomputePolicy:
             )
         return cls(**dict.fromkeys(parts, True))
 
-    def of_decoder(self, objects: int) -> bool:
-        """Whether a decoder of so many objects is computed again."""
+    def recomputes_decoder(self, objects: int) -> bool:
+        """Whether the decoder is computed again where batches have up to so many objects."""
         return self.decoder or (self.many_masks and objects >= MANY_MASKS)
 
     def __str__(self) -> str:

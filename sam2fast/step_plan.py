@@ -3,7 +3,7 @@ ranks can find out whether they agree before they begin it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,4 +58,5 @@ class StepPlanner:
         item = stage.data[index]
         random = np.random.Generator(np.random.PCG64([self._seed, self._index, step]))
         rollout = draw_plan(stage.prompts, item.frames, random)
+        rollout = replace(rollout, max_objects=item.batch_size * item.max_objects)
         return StepPlan(stage.name, step, index, item.dataset, item.frames, item.batch_size, stage.accumulate, rollout)

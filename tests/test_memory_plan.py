@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sam2fast import out_of_memory
 from sam2fast.config import Config, DataConfig, DatasetConfig, MixItem, ModelConfig, PromptConfig, StageConfig
 from sam2fast.memory_plan import GIB, MARGIN, choose_recompute, estimate_peak, heaviest_plan
 from sam2fast.models.architecture import architecture
@@ -67,12 +68,9 @@ def test_heaviest_plan_is_cut_to_the_clip():
     assert plan.correct_frames == (0, 1) and plan.clicks == 2
 
 
-@pytest.mark.parametrize("text", ["trunk", "decoder+trunk", "memory+selective+decoder"])
+@pytest.mark.parametrize("text", ["trunk", "decoder+trunk", "memory+selective+decoder", "many_masks+trunk"])
 def test_policies_are_read(text):
-    policy = RecomputePolicy.parse(text)
-    assert {name for name in ("decoder", "trunk", "memory", "selective") if getattr(policy, name)} == set(
-        text.split("+")
-    )
+    assert {name for name, chosen in vars(RecomputePolicy.parse(text)).items() if chosen} == set(text.split("+"))
 
 
 @pytest.mark.parametrize(
@@ -86,3 +84,26 @@ def test_policies_that_cannot_be(text):
 def test_budgets_are_read():
     assert automatic_budget("auto") == 0 and automatic_budget("auto:12.5") == 12.5
     assert automatic_budget("none") is None
+
+
+@pytest.mark.parametrize(
+    ("recompute", "objects", "following"),
+    [
+        ("none", 7, "decoder+trunk+selective"),
+        ("none", 8, "many_masks"),
+        ("many_masks", 8, "decoder+trunk+selective"),
+        ("decoder", 8, "decoder+trunk+selective"),
+        ("trunk", 8, "decoder+trunk+memory"),
+    ],
+)
+def test_out_of_memory_advises_a_policy_that_changes_something(recompute, objects, following, monkeypatch):
+    monkeypatch.setattr(out_of_memory, "estimate_peak", lambda *_: GIB)
+    batch_size = 2 if objects % 2 == 0 else 1
+    stage = make_stage(1, batch_size=batch_size, max_objects=objects // batch_size)
+    config = Config(
+        name="x",
+        model=ModelConfig(size="micro", recompute=recompute),
+        data=DataConfig(datasets={"x": DatasetConfig(root="x")}),
+        stages=[stage],
+    )
+    assert f": model.recompute={following} (" in out_of_memory.advise(config, 0, 0, ARCH, recompute, CPU)

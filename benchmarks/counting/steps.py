@@ -141,6 +141,10 @@ def gpu_attention() -> Iterator[None]:
             raise NotImplementedError(f"attention in {q.dtype}, or with shared heads, is not counted")
         if attn_mask is None and v.shape[-1] == k.shape[-1]:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        if v.shape[-1] % 8:
+            raise NotImplementedError(
+                f"attention to values of {v.shape[-1]} channels, no multiple of 8, is not counted"
+            )
         mask = None if attn_mask is None else attn_mask.expand(*q.shape[:-1], k.shape[-2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, mask, True, dropout_p, is_causal, scale=scale

@@ -26,7 +26,9 @@ void check_vector(const Tensor& vector, int64_t rows) {
 
 void check_rows(const Tensor& scores) {
   STD_TORCH_CHECK(
-      scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && (scores.size(1) < 2 || scores.stride(1) == 1),
+      scores.dim() == 2 && scores.scalar_type() == ScalarType::Float &&
+          (scores.size(1) < 2 || scores.stride(1) == 1) &&
+          (scores.size(0) < 2 || scores.stride(0) >= scores.size(1)),
       "memory_attention: scores must be float32 [B, M], with contiguous rows");
 }
 

@@ -18,7 +18,8 @@ BLOCK_BYTES = 16 << 20
 BLOCK_QUERIES = (64, 512)
 """Fewest and most queries of a block: the products are slow with fewer, and gain nothing with more."""
 ALIGNMENT = 16
-"""Rows of scores start at multiples of 64 bytes: products with rows of 7196 packed scores take 1.4 times as long."""
+"""Scores; rows start at multiples of 64 bytes, as products with rows of 7196 packed scores take up to 1.4 times as
+long."""
 
 COMPILED_STEP = "attention_weights.cpp"
 

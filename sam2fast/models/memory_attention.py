@@ -124,8 +124,8 @@ class RoPEAttention(Attention):
             k = apply_rotary(k, *tables)
         width = v.shape[-1]
         if self.absorbs:
-            # The weights are summed by a column of ones; PyTorch's fused attention wants a multiple of 8 columns.
-            v = F.pad(F.pad(v, (0, 1), value=1.0), (0, 7))
+            # A column of ones sums the weights; eight, as PyTorch's memory-efficient kernel wants a multiple of them.
+            v = F.pad(v, (0, 8), value=1.0)
         out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dropout_p=dropout)
         out = out.squeeze(1)
         return (out[..., :width], out[..., width]) if self.absorbs else (out, None)

@@ -68,7 +68,7 @@ class Fuser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and x.device.type == "cpu":
-            # Its depthwise convolution takes a third of the time in this layout; not measured on a GPU.
+            # Depthwise convolutions of [2, 256, 32, 32] in float32 take a third of the time so; not measured on a GPU.
             x = x.contiguous(memory_format=torch.channels_last)
         return self.layers(x)
 

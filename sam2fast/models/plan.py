@@ -37,6 +37,9 @@ class RolloutPlan:
     box_noise: float = 0.1
     box_noise_bound: float = 20.0
     corrected_as_conditioning: bool = True
+    max_objects: int | None = None
+    """Most objects that the batch of any rank can have, where ranks must agree on what is computed again; None: those
+    of the batch at hand."""
     injected: Mapping[int, Sequence[Points | None]] | None = field(default=None, compare=False, repr=False)
     """Recorded points: for each frame, all points that each run of the mask decoder sees; nothing is sampled then."""
     on_object: Tensor | None = field(default=None, compare=False, repr=False)

@@ -92,7 +92,7 @@ def _simulate_user(
 ) -> tuple[list[MaskOutput], list[Points | None]]:
     """First prediction of a frame and its corrections; `truth` is bool [N, S, S]."""
     predict = model.predict_masks
-    if model.recompute.of_decoder(len(truth)):
+    if model.recompute.recomputes_decoder(plan.max_objects or len(truth)):
         predict = recomputed(predict, model.recompute.selective, random=False)
     points, mask_prompt = _first_prompt(truth, frame, plan)
     corrections = plan.corrections(frame)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from sam2fast.performance import PerformanceConfig
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GB = 1e9
 OFFICIAL_FLOPS = 45.5e12
@@ -23,14 +25,19 @@ OFFICIAL_FLOPS = 45.5e12
 
 RUNS = {
     "none": (["base_plus", "large"], ["video"], ["--recompute", "none"]),
-    "default": (["tiny"], ["points"], []),
+    "default": (["tiny"], ["image"], []),
+    "points": (["tiny"], ["points"], []),
     "image": (["large"], ["image"], ["--recompute", "none"]),
     "off": (["base_plus"], ["video", "image"], ["--all-off"]),
     "most": (["base_plus", "large"], ["video"], ["--recompute", "decoder+trunk+memory"]),
     "image most": (["large"], ["image"], ["--recompute", "decoder+trunk+memory"]),
 }
 """Sizes, batches and options of the processes that count."""
-ON_DEMAND = ("off", "image", "most", "image most")
+RUNS |= {
+    f"no {name}": (["base_plus"], ["video", "image"], ["--off", name, "--recompute", "none"])
+    for name in (*PerformanceConfig.model_fields, "fused_loss")
+}
+ON_DEMAND = RUNS.keys() - {"none", "default"}
 """What only a change to the counting or to timm's trunk can move, and what is far below its target."""
 COUNTED = [(run, size, batch) for run, (sizes, batches, _) in RUNS.items() for size in sizes for batch in batches]
 

@@ -16,7 +16,13 @@ from sam2fast_kernels.memory_attention.op import attention
 needs_cpp = pytest.mark.skipif(not library.load_native(), reason="the compiled operators are not built")
 SEED = torch.tensor(123456789012345678)
 # N, L, M, D, Dv, hw, unrotated keys
-SHAPES = [(2, 37, 116, 16, 8, 37, 5), (1, 64, 64, 256, 256, 64, 0), (3, 19, 40, 32, 64, 19, 2), (1, 1, 1, 2, 1, 0, 0)]
+SHAPES = [
+    (2, 37, 116, 16, 8, 37, 5),
+    (1, 64, 64, 256, 256, 64, 0),
+    (3, 19, 40, 32, 64, 19, 2),
+    (1, 1, 1, 2, 1, 0, 0),
+    (1, 20, 1, 2, 1, 0, 0),
+]
 
 
 def make_inputs(shape, dtype=torch.float64):
