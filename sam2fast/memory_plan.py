@@ -24,7 +24,7 @@ from .models.plan import RolloutPlan
 from .models.sam2 import SAM2
 from .optim import freeze
 from .parallel.engine import autocast
-from .performance import RECOMPUTE_LADDER, PerformanceConfig
+from .performance import RECOMPUTE_LADDER, PerformanceConfig, recompute_ladder
 
 GIB = 2**30
 MARGIN = 1.15
@@ -122,7 +122,7 @@ def choose_recompute(
     budget = budget_gib * GIB or free_bytes(device)
     needs: dict[str, float] = {}
     steps = 2 if config.model.cuda_graphs else 1  # the memory of the graphs, and an eager step of another kind
-    for policy in RECOMPUTE_LADDER:
+    for policy in recompute_ladder(max(item.batch_size * item.max_objects for item in stage.data)):
         settings = config.model
         peaks = [
             estimate_peak(arch, settings.performance, policy, stage, item, config.precision, device,

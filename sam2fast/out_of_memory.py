@@ -13,7 +13,7 @@ from .memory_plan import GIB, MARGIN, estimate_peak
 from .models.architecture import Architecture
 from .models.sam2 import SAM2
 from .parallel.engine import is_out_of_memory
-from .performance import MANY_MASKS, RECOMPUTE_LADDER, RecomputePolicy
+from .performance import RECOMPUTE_LADDER, RecomputePolicy, recompute_ladder
 from .run_state import RunState
 from .step_plan import StepPlan
 
@@ -102,8 +102,8 @@ def _more(recompute: str, objects: int) -> list[str]:
     current = "many_masks" if policy == RecomputePolicy(decoder=True) else str(policy)
     if current not in RECOMPUTE_LADDER:
         return [RECOMPUTE_LADDER[-1]]
-    rest = RECOMPUTE_LADDER[RECOMPUTE_LADDER.index(current) + 1 :]
-    return [text for text in rest if text != "many_masks" or objects >= MANY_MASKS]
+    more = RECOMPUTE_LADDER[RECOMPUTE_LADDER.index(current) + 1 :]
+    return [text for text in recompute_ladder(objects) if text in more]
 
 
 def _fewer_frames(stage: StageConfig, frames: int) -> int:

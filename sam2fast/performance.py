@@ -102,6 +102,11 @@ RECOMPUTE_LADDER = ("none", "many_masks", "decoder+trunk+selective", "decoder+tr
 """From the least to the most that is computed again: `auto` takes the first that fits."""
 
 
+def recompute_ladder(objects: int) -> list[str]:
+    """RECOMPUTE_LADDER without the policy that changes nothing for batches of up to so many objects."""
+    return [policy for policy in RECOMPUTE_LADDER if policy != "many_masks" or objects >= MANY_MASKS]
+
+
 def automatic_budget(text: str) -> float | None:
     """GiB of "auto:GIB", 0 for "auto" (whatever is free), None for a policy that is no automatic one.
 
