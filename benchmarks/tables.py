@@ -82,12 +82,12 @@ def switches(batch: str) -> list[str]:
         if (row["size"], row["batch"], row["recompute"]) == ("base_plus", batch, "none")
     }
     order = sorted(rows.keys() - {"none", "all"}, key=lambda name: (-int(rows[name]["bytes"]), name))
-    labels = {name: f"`{name}`" for name in order} | {"none": "nothing (all on)", "all": "everything (all off)"}
-    lines = ["| left out | TFLOP | GB moved | launches | GB at the peak |", "|---|---|---|---|---|"]
     if not order or not {"none", "all"} <= rows.keys():
         raise SystemExit(
             f"step_counts.csv lacks switches of base_plus, {batch}: count_step.py --off NAME --recompute none --save"
         )
+    labels = {name: f"`{name}`" for name in order} | {"none": "nothing (all on)", "all": "everything (all off)"}
+    lines = ["| left out | TFLOP | GB moved | launches | GB at the peak |", "|---|---|---|---|---|"]
     for name, label in labels.items():
         row = rows[name]
         flops = int(row["forward_flops"]) + int(row["backward_flops"])

@@ -96,6 +96,11 @@ class MixItem(Section):
     """Give all clips of a step about the same number of objects, so that no rank waits for another. The objects of
     the whole dataset are counted once for it, and the counts kept."""
 
+    @property
+    def most_objects(self) -> int:
+        """What a micro-step of a rank can have."""
+        return self.batch_size * self.max_objects
+
     @field_validator("stride")
     @classmethod
     def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def estimate_peak(
     with FakeTensorMode(), torch.device(device.type):
         _materialize(model)
         freeze(model, stage.freeze)
-        side, objects = arch.image_size, item.batch_size * item.max_objects
+        side, objects = arch.image_size, item.most_objects
         batch = Batch(
             torch.empty(item.batch_size, item.frames, 3, side, side, dtype=torch.uint8),
             torch.empty(item.frames, objects, side, side, dtype=torch.bool),
@@ -122,7 +122,7 @@ def choose_recompute(
     budget = budget_gib * GIB or free_bytes(device)
     needs: dict[str, float] = {}
     steps = 2 if config.model.cuda_graphs else 1  # the memory of the graphs, and an eager step of another kind
-    for policy in recompute_ladder(max(item.batch_size * item.max_objects for item in stage.data)):
+    for policy in recompute_ladder(max(item.most_objects for item in stage.data)):
         settings = config.model
         peaks = [
             estimate_peak(arch, settings.performance, policy, stage, item, config.precision, device,

@@ -71,7 +71,7 @@ def advise(
         peak = estimate_peak(arch, performance, policy, stage, item, precision, device, streams)
         return MARGIN * peak / GIB
 
-    more = _more(recompute, item.batch_size * item.max_objects)
+    more = _more(recompute, item.most_objects)
     options = [f"model.recompute={policy} ({need(policy):.2f} GiB)" for policy in more[:1]]
     if item.batch_size > 1:
         half = item.batch_size // 2

@@ -58,5 +58,5 @@ class StepPlanner:
         item = stage.data[index]
         random = np.random.Generator(np.random.PCG64([self._seed, self._index, step]))
         rollout = draw_plan(stage.prompts, item.frames, random)
-        rollout = replace(rollout, max_objects=item.batch_size * item.max_objects)
+        rollout = replace(rollout, max_objects=item.most_objects)
         return StepPlan(stage.name, step, index, item.dataset, item.frames, item.batch_size, stage.accumulate, rollout)

@@ -20,6 +20,15 @@ def make_stage(frames: int, **options) -> StageConfig:
     return StageConfig(name="train", steps=1, prompts=prompts, data=[MixItem(dataset="x", frames=frames, **options)])
 
 
+def make_config(stage: StageConfig, **model) -> Config:
+    return Config(
+        name="x",
+        model=ModelConfig(size="micro", **model),
+        data=DataConfig(datasets={"x": DatasetConfig(root="x")}),
+        stages=[stage],
+    )
+
+
 def peak(policy: str, stage: StageConfig, performance: PerformanceConfig | None = None) -> int:
     """Reading a value of a fake tensor raises, so this also shows that a step waits for no result."""
     return estimate_peak(ARCH, performance or PerformanceConfig(), policy, stage, stage.data[0], "float32", CPU)
@@ -45,12 +54,7 @@ def test_more_objects_need_more():
 def test_auto_takes_the_first_policy_that_fits():
     stage = make_stage(1, max_objects=8)
     peaks = {policy: peak(policy, stage) for policy in ("none", "many_masks")}
-    config = Config(
-        name="x",
-        model=ModelConfig(size="micro"),
-        data=DataConfig(datasets={"x": DatasetConfig(root="x")}),
-        stages=[stage],
-    )
+    config = make_config(stage)
 
     def choose(size: float) -> tuple[str, str]:
         return choose_recompute(config, stage, ARCH, CPU, size * MARGIN / GIB)
@@ -100,10 +104,5 @@ def test_out_of_memory_advises_a_policy_that_changes_something(recompute, object
     monkeypatch.setattr(out_of_memory, "estimate_peak", lambda *_: GIB)
     batch_size = 2 if objects % 2 == 0 else 1
     stage = make_stage(1, batch_size=batch_size, max_objects=objects // batch_size)
-    config = Config(
-        name="x",
-        model=ModelConfig(size="micro", recompute=recompute),
-        data=DataConfig(datasets={"x": DatasetConfig(root="x")}),
-        stages=[stage],
-    )
+    config = make_config(stage, recompute=recompute)
     assert f": model.recompute={following} (" in out_of_memory.advise(config, 0, 0, ARCH, recompute, CPU)
